@@ -1,0 +1,810 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "numpy>=2.2",
+#     "torchvision>=0.29",
+#     "matplotlib>=3.10",
+#     "scikit-learn>=1.7",
+#     "tqdm>=4.70",
+# ]
+# ///
+"""A deep autoencoder for MNIST, from scratch in NumPy.
+
+    python mnist_autoencoder.py
+
+trains a 784-512-256-128-256-512-784 network to press each 28x28 digit into a code of 128 numbers
+and to draw the digit again from its code. Forward pass, backpropagation and mini-batch SGD are
+written out below; torchvision only reads the images, scikit-learn computes the PCA to compare
+with, matplotlib draws.
+
+The n images of a mini-batch are the columns of a matrix x, shape (784, n). [a; 1] is a with a row
+of ones below it, so that the last column of a weight matrix W_l holds the biases of its layer.
+Forward pass, for l = 0 ... 5:
+
+    a_0     = x
+    z_(l+1) = W_l [a_l; 1]
+    a_(l+1) = elu(z_(l+1)), but a_3 = z_3 (the code is linear) and a_6 = sigmoid(z_6)
+    loss    = sum of (a_6 - x)^2 / (784 n)
+
+with elu(z) = max(z, exp(min(z, 0)) - 1) (Clevert et al. 2016, https://arxiv.org/abs/1511.07289).
+Backward pass by the chain rule, d_l standing for dloss/dz_l, * for the elementwise product and
+V_l for W_l without its last column:
+
+    d_6         = 2 (a_6 - x) / (784 n) * a_6 * (1 - a_6)
+    dloss/dW_l  = d_(l+1) [a_l; 1]^T
+    d_l         = V_l^T d_(l+1) * elu'(z_l), but d_3 = V_3^T d_4
+
+where elu'(z) = exp(min(z, 0)) = 1 + min(elu(z), 0) needs nothing but the activation.
+"""
+
+import argparse
+import hashlib
+import http.client
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import socket
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from threadpoolctl import threadpool_info, threadpool_limits  # installed by scikit-learn
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------- configuration
+
+LAYER_SIZES = (784, 512, 256, 128, 256, 512, 784)
+WARMUP_STEPS = 200  # the full learning rate would wreck random weights
+SAMPLE_DIR = Path(__file__).resolve().parent / "data" / "sample"
+EXTRA_MIRROR = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+DOWNLOAD_TIMEOUT = 30  # seconds that a server may stay silent
+DISK_NEEDED = 32_000_000  # bytes: an old and a new checkpoint, the model, the plots
+
+
+class InputError(ValueError):
+    """What the user gave can't be used; on the command line one line and exit status 2."""
+
+
+def setting(default: Any, meaning: str, *allowed: Any) -> Any:
+    """A field of Settings; allowed are the bounds of a number or the choices of a text."""
+    return field(default=default, metadata={"meaning": meaning, "allowed": allowed})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run depends on; every field is also a flag of the command line."""
+
+    epochs: int = setting(100, "passes over the training set", 1, 100_000)
+    batch_size: int = setting(128, "images per mini-batch", 1, 100_000)
+    # So large because the loss is a mean over 784 pixels, and its gradients are as small.
+    lr: float = setting(20.0, "peak learning rate", 1e-6, 1000)
+    momentum: float = setting(0.9, "part of the velocity that lasts; 0 is plain SGD", 0, 0.9999)
+    seed: int = setting(0, "of the initial weights and the shuffling", 0, 2**32 - 1)
+    # A product with 128 images is too small to gain from being shared among more.
+    blas_threads: int = setting(8, "most threads in a matrix product", 1, 1024)
+    dataset: str = setting(
+        "auto", "auto: all of MNIST if it can be had, else the sample", "auto", "mnist", "sample"
+    )
+    data_dir: Path = setting(Path("data"), "holds, or receives, MNIST/raw")
+    output_dir: Path = setting(Path("."), "receives the log, the plots and the model")
+
+
+def parse_setting(option: Field, text: str) -> Any:
+    """The value that `text` gives to a field of Settings, or an ArgumentTypeError."""
+    kind, allowed = type(option.default), option.metadata["allowed"]
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan  # lies within no bounds
+    if kind is str:
+        valid, rule = value in allowed, " or ".join(allowed)
+    elif allowed:
+        valid = allowed[0] <= value <= allowed[1]
+        rule = f"a {'whole ' * (kind is int)}number from {allowed[0]} to {allowed[1]}"
+    else:
+        return value
+    if not valid:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
+    return value
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+class Data(NamedTuple):
+    """Images (n, 784) and labels (n,), all uint8; name is "mnist" or "sample"."""
+
+    name: str
+    train_images: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+    def identity(self) -> str:
+        """Name, counts and checksum, by which a resumed run knows its data again."""
+        digest = hashlib.sha256(b"".join(array.data for array in self[1:])).hexdigest()[:16]
+        counts = f"{len(self.train_images)} training and {len(self.test_images)} test images"
+        return f"{self.name}, {counts}, sha256 {digest}"
+
+
+def idx_count(path: Path, *item_shape: int) -> int:
+    """The number of items of this shape in an IDX file (see yann.lecun.com/exdb/mnist).
+
+    torchvision is content if the file exists; a part of one, as an interrupted extraction leaves
+    it, would end in a traceback there. Raises an InputError if header or size are wrong.
+    """
+    header = np.fromfile(path, ">i4", count=2 + len(item_shape)).tolist()
+    if header[:1] + header[2:] != [2049 + len(item_shape), *item_shape] or (
+        path.stat().st_size != 4 * len(header) + header[1] * math.prod(item_shape)
+    ):
+        raise InputError(f"{path} is damaged or not MNIST's: delete it to have it downloaded")
+    return header[1]
+
+
+def missing_files(raw: Path) -> list[str]:
+    """Which of MNIST's four files are not in `raw`; an InputError if one is unusable."""
+    missing = []
+    for part in ("train", "t10k"):
+        counts = []
+        for kind, item_shape in (("images-idx3", (28, 28)), ("labels-idx1", ())):
+            path = raw / f"{part}-{kind}-ubyte"
+            if path.is_file():
+                counts.append(idx_count(path, *item_shape))
+            else:
+                missing.append(path.name)
+        if len(set(counts)) > 1 or min(counts, default=2) < 2:
+            raise InputError(
+                f"{raw} has {' and '.join(map(str, counts))} {part} images and labels, but needs "
+                "equal numbers of at least 2: delete the files to have them downloaded"
+            )
+    return missing
+
+
+def download(root: Path, missing: list[str]) -> str:
+    """Let torchvision fetch the missing files; returns why that failed, or nothing."""
+    from torchvision import datasets
+
+    fault, timeout = "", socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    for mirror in (*datasets.MNIST.mirrors, EXTRA_MIRROR):
+
+        class MNIST(datasets.MNIST):  # the name, too, matters: torchvision's folder has it
+            mirrors = [mirror]
+            resources = [file for file in datasets.MNIST.resources if file[0][:-3] in missing]
+
+        try:
+            MNIST(root, download=True)
+            fault = ""
+            break
+        except (OSError, RuntimeError, EOFError, zlib.error, http.client.HTTPException) as error:
+            fault = " ".join(str(error).split())
+    socket.setdefaulttimeout(timeout)
+    return fault
+
+
+def load_data(dataset: str, data_dir: Path) -> Data:
+    """Read MNIST through torchvision, after a download if need be, or the sample.
+
+    Raises an InputError if a file is damaged or, with dataset "mnist", can't be had.
+    """
+    raw = data_dir / "MNIST" / "raw"
+    missing = [] if dataset == "sample" else missing_files(raw)
+    if missing and (fault := download(data_dir, missing)):
+        problem = f"{raw} lacks {' '.join(missing)}, and the download failed: {fault}"
+        advice = "put MNIST's files there or give their place with --data-dir"
+        if dataset == "mnist":
+            raise InputError(f"{problem}; {advice}")
+        print(
+            f"warning: {problem}; using the sample of 5,000 digits, the losses on which can't be "
+            f"compared with those on all of MNIST. To use all of it, {advice}.",
+            file=sys.stderr,
+        )
+        dataset = "sample"
+    if dataset == "sample":
+        data_dir = SAMPLE_DIR
+    if missing := missing_files(data_dir / "MNIST" / "raw"):
+        raise InputError(f"{data_dir / 'MNIST' / 'raw'} lacks {' '.join(missing)}: put it there")
+    from torchvision import datasets
+
+    train, test = (datasets.MNIST(data_dir, train) for train in (True, False))
+    # uint8 as in the files, a quarter of float32's memory; a mini-batch is scaled when used.
+    images = [part.data.numpy().reshape(-1, LAYER_SIZES[0]) for part in (train, test)]
+    labels = test.targets.numpy().astype(np.uint8)
+    if labels.max() > 9:
+        raise InputError(f"{data_dir / 'MNIST' / 'raw'}: the label {labels.max()} is no digit")
+    return Data("sample" if dataset == "sample" else "mnist", *images, labels)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` once it is complete, else never."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    incomplete = path.with_name(f".{path.name}.partial")
+    try:
+        with incomplete.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut might keep the new name and lose the data
+        os.replace(incomplete, path)
+    except BaseException:
+        incomplete.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Turn whatever a bad file makes its readers raise (a dozen types) into an InputError."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{path} can't be used: {' '.join(str(error).split())}") from error
+
+
+def read_arrays(path: Path, expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Read from an .npz file the arrays that `expected` names.
+
+    Names, shapes, dtypes and sizes must be those of the expected arrays, floats finite; or else an
+    InputError is raised. np.load would allocate whatever size the file declares.
+    """
+    arrays = {}
+    with path.open("rb") as file, blaming(path), zipfile.ZipFile(file) as archive:
+        for name, model in expected.items():
+            member = archive.getinfo(f"{name}.npy")
+            if not 0 <= member.file_size - model.nbytes <= 1024:
+                raise ValueError(f"{name} has {member.file_size} bytes")
+            with archive.open(member) as stream:
+                np.lib.format.read_magic(stream)
+                layout = np.lib.format.read_array_header_1_0(stream)
+                if layout != (model.shape, False, model.dtype):
+                    raise ValueError(f"{name} is {layout}, not {model.shape} {model.dtype}")
+                array = np.frombuffer(stream.read(), model.dtype).reshape(model.shape)
+            if model.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ValueError(f"{name} has values that are not finite")
+            arrays[name] = array.copy()
+    return arrays
+
+
+def by_layer(name: str, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Names for the arrays of all layers: name_0, name_1, ..."""
+    return {f"{name}_{layer}": array for layer, array in enumerate(arrays)}
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+class Autoencoder:
+    """The network, its forward and its backward pass, as in the docstring above.
+
+    Args:
+        seed: of the initial weights, normal with variance 2 / inputs (He et al. 2015,
+            https://arxiv.org/abs/1502.01852). The biases start at zero.
+        layer_sizes: from the pixels by way of the code, in the middle, to the pixels.
+        dtype: of everything; float64 serves to check the gradients.
+
+    Attributes:
+        weights: W_l for l = 0 ... 5, shape (outputs, inputs + 1).
+        activations: [a_l; 1] for l = 0 ... 6, shape (size + 1, n), of the last n images. With
+            images as columns, the matrix products of BLAS are faster than with rows.
+    """
+
+    def __init__(self, seed: int = 0, layer_sizes: tuple = LAYER_SIZES, dtype: Any = np.float32):
+        rng = np.random.default_rng(seed)
+        self.layer_sizes, self.dtype = layer_sizes, np.dtype(dtype)
+        self.code_layer = len(layer_sizes) // 2
+        self.weights = []
+        for inputs, outputs in zip(layer_sizes, layer_sizes[1:], strict=False):
+            weights = np.zeros((outputs, inputs + 1), dtype)
+            weights[:, :-1] = rng.normal(0, math.sqrt(2 / inputs), (outputs, inputs))
+            self.weights.append(weights)
+        # One memory for the gradients of all layers, used in turn, stays in the CPU's cache.
+        memory = np.empty(max(w.size for w in self.weights), dtype)
+        self._gradients = [memory[: w.size].reshape(w.shape) for w in self.weights]
+        self._make_room(0)
+
+    def _make_room(self, n: int) -> None:
+        self.activations = [np.ones((size + 1, n), self.dtype) for size in self.layer_sizes]
+
+    def _propagate(self, inputs: np.ndarray, first: int, last: int) -> np.ndarray:
+        """From the rows of `inputs`, as the columns of a_first, compute a_last.
+
+        uint8 inputs are scaled from 0 ... 255 to 0 ... 1. The result, shape (n, size of a_last),
+        is a view of memory that the next call overwrites.
+        """
+        if self.activations[0].shape[1] != len(inputs):
+            self._make_room(len(inputs))
+        scale = self.dtype.type(1 / 255 if inputs.dtype == np.uint8 else 1)
+        np.multiply(inputs.T, scale, out=self.activations[first][:-1])
+        for layer in range(first, last):
+            z = self.activations[layer + 1][:-1]
+            np.matmul(self.weights[layer], self.activations[layer], out=z)
+            if layer + 1 == len(self.weights):
+                with np.errstate(over="ignore"):  # 1 / (1 + inf) = 0 is right
+                    np.divide(1, 1 + np.exp(-z), out=z)
+            elif layer + 1 != self.code_layer:
+                np.maximum(z, np.exp(np.minimum(z, 0)) - 1, out=z)
+        return self.activations[last][:-1].T
+
+    def forward(self, images: np.ndarray) -> float:
+        """The loss of a mini-batch (n, 784), uint8 or floats in [0, 1]."""
+        self._propagate(images, 0, len(self.weights))
+        self._error = self.activations[-1][:-1] - self.activations[0][:-1]
+        return float(np.vdot(self._error, self._error)) / self._error.size
+
+    def backward(self, scale: float = 1.0) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (l, scale * dloss/dW_l), from the last layer to the first, after `forward`.
+
+        A gradient is valid until the next one is asked for, and W_l may be changed by then. SGD
+        gives its learning rate as `scale`, since to scale d_6 is to scale all that follows.
+        """
+        output = self.activations[-1][:-1]
+        delta = self._error * output * (1 - output)
+        delta *= self.dtype.type(2 * scale / delta.size)
+        for layer in reversed(range(len(self.weights))):
+            gradient = self._gradients[layer]
+            np.matmul(delta, self.activations[layer].T, out=gradient)
+            if layer > 0:
+                delta = self.weights[layer][:, :-1].T @ delta
+                if layer != self.code_layer:
+                    delta *= 1 + np.minimum(self.activations[layer][:-1], 0)
+            yield layer, gradient
+
+    def _in_batches(self, inputs: np.ndarray, first: int, last: int) -> np.ndarray:
+        starts = range(0, max(len(inputs), 1), 500)
+        parts = (self._propagate(inputs[start : start + 500], first, last) for start in starts)
+        return np.concatenate([part.copy() for part in parts])
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """The codes (n, 128) of images (n, 784) or (n, 28, 28).
+
+        Raises:
+            ValueError: other shapes, a dtype that is neither uint8 (0 ... 255) nor floating, or
+                floats outside [0, 1].
+        """
+        images = np.asarray(images)
+        if images.shape[1:] not in ((784,), (28, 28)):
+            raise ValueError(f"images must be (n, 784) or (n, 28, 28), not {images.shape}")
+        if images.dtype != np.uint8:
+            if not np.issubdtype(images.dtype, np.floating):
+                raise ValueError(f"images must be uint8 or floats in [0, 1], not {images.dtype}")
+            if not ((images >= 0) & (images <= 1)).all():
+                raise ValueError(f"{images.dtype} images must be in [0, 1] everywhere")
+        return self._in_batches(images.reshape(-1, 784), 0, self.code_layer)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """The images (n, 784), between 0 and 1, of codes (n, 128).
+
+        Raises:
+            ValueError: other shapes, or codes that are not finite floats.
+        """
+        codes, size = np.asarray(codes), self.layer_sizes[self.code_layer]
+        if codes.shape[1:] != (size,):
+            raise ValueError(f"codes must be (n, {size}), not {codes.shape}")
+        if not np.issubdtype(codes.dtype, np.floating) or not np.isfinite(codes).all():
+            raise ValueError(f"codes must be finite floats; these are {codes.dtype}")
+        return self._in_batches(codes, self.code_layer, len(self.weights))
+
+    def reconstruct(self, images: np.ndarray) -> np.ndarray:
+        """decode(encode(images)): the images (n, 784) that are left after the code."""
+        return self.decode(self.encode(images))
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights to an .npz file, whole or not at all."""
+        with whole_file(Path(path)) as file:
+            np.savez(file, **by_layer("weights", self.weights))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Autoencoder":
+        """The network that `save` wrote; a ValueError if the file is anything else."""
+        model = cls()
+        arrays = read_arrays(Path(path), by_layer("weights", model.weights))
+        model.weights = list(arrays.values())
+        return model
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up to `peak`, then half a cosine towards 0 at the last of all `steps`.
+
+    The cosine is that of Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983.
+    """
+    warmup = min(WARMUP_STEPS, steps // 2)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def sgd_step(
+    model: Autoencoder, velocity: list[np.ndarray], images: np.ndarray, lr: float, momentum: float
+) -> float:
+    """One step of SGD with momentum on a mini-batch; returns its loss before the step.
+
+    v <- momentum v - lr dloss/dW and W <- W + v, for every layer, v being zero at first
+    (Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html).
+    """
+    loss = model.forward(images)
+    for layer, gradient in model.backward(scale=lr):
+        velocity[layer] *= momentum
+        velocity[layer] -= gradient
+        model.weights[layer] += velocity[layer]
+    return loss
+
+
+def mean_loss(model: Autoencoder, images: np.ndarray) -> float:
+    """The loss over all images, computed 500 at a time."""
+    batches = (images[start : start + 500] for start in range(0, len(images), 500))
+    return sum(model.forward(batch) * len(batch) for batch in batches) / len(images)
+
+
+class Run:
+    """A run after len(history) epochs: what a checkpoint keeps.
+
+    It keeps no state of a random generator: each epoch shuffles with a generator of its own, made
+    from the seed and the epoch's number.
+
+    Attributes:
+        history: of every epoch the training loss, the test loss and the seconds.
+    """
+
+    def __init__(self, settings: Settings, data_identity: str, epochs_done: int = 0):
+        self.settings, self.data_identity = settings, data_identity
+        self.model = Autoencoder(settings.seed)
+        self.velocity = [np.zeros_like(weights) for weights in self.model.weights]
+        self.history = [[0.0, 0.0, 0.0]] * epochs_done
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of a checkpoint; `about` is a JSON text in a field of fixed length."""
+        texts = {name: str(value) for name, value in vars(self.settings).items()}
+        about = json.dumps([texts, self.data_identity, len(self.history)])
+        return {
+            "about": np.array(about.encode(), "S32768"),
+            "history": np.array(self.history, float).reshape(-1, 3),
+            **by_layer("weights", self.model.weights),
+            **by_layer("velocity", self.velocity),
+        }
+
+    def save(self, path: Path) -> None:
+        """Replace the checkpoint by one of now."""
+        with whole_file(path) as file:
+            np.savez(file, **self.arrays())
+
+    @classmethod
+    def load(cls, path: Path) -> "Run":
+        """The run that `save` wrote; an InputError if the file is anything else."""
+        about = read_arrays(path, {"about": np.zeros((), "S32768")})["about"].item()
+        with blaming(path):
+            texts, data_identity, epochs_done = json.loads(about)
+            settings = Settings(*(parse_setting(o, texts[o.name]) for o in fields(Settings)))
+            if epochs_done not in range(settings.epochs + 1):
+                raise ValueError(f"{epochs_done} epochs done of {settings.epochs}")
+            run = cls(settings, str(data_identity), int(epochs_done))
+        arrays = list(read_arrays(path, run.arrays()).values())
+        layers = len(run.velocity)
+        run.history = arrays[1].tolist()
+        run.model.weights, run.velocity = arrays[2 : 2 + layers], arrays[2 + layers :]
+        return run
+
+
+class Interruption:
+    """Makes SIGINT (Ctrl-C) and SIGTERM an orderly end.
+
+    While `training`, the first one is but noted in `signal`, for the training loop to see after
+    its mini-batch. A second one, or one at any other time, leaves at once.
+    """
+
+    training, signal = False, 0
+
+    def __enter__(self) -> "Interruption":
+        self.previous = {n: signal.signal(n, self) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.signal or not self.training:
+            raise SystemExit(128 + number)
+        self.signal = number
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def epoch_line(epoch: int, loss: float, test_loss: float, seconds: float) -> str:
+    """What the log says of an epoch."""
+    return f"Epoch {epoch}, Loss: {loss:.6f}, Test Loss: {test_loss:.6f}, Time: {seconds:.1f}s"
+
+
+def append_line(log: Path, line: str) -> None:
+    """Add a line to the log and print it, above the progress bar if there is one."""
+    size = log.stat().st_size
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError:
+        os.truncate(log, size)  # rather no line than half of one
+        raise
+    tqdm.write(line)
+
+
+def train(run: Run, data: Data, interruption: Interruption, log: Path, checkpoint: Path) -> None:
+    """Train to the last epoch or an interruption, with a log line and a checkpoint per epoch.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    settings, n = run.settings, len(data.train_images)
+    steps = math.ceil(n / settings.batch_size)  # the last mini-batch may be smaller
+    epochs = range(len(run.history) + 1, settings.epochs + 1)
+    bar = tqdm(epochs, unit="epoch", file=sys.stdout, disable=None)  # none in a pipe
+    for epoch in bar:
+        start, total = time.perf_counter(), 0.0
+        order = np.random.default_rng((settings.seed, epoch)).permutation(n)
+        for step in range(steps):
+            batch = data.train_images[order[step * settings.batch_size :][: settings.batch_size]]
+            lr = learning_rate((epoch - 1) * steps + step, settings.epochs * steps, settings.lr)
+            loss = sgd_step(run.model, run.velocity, batch, lr, settings.momentum)
+            total += loss * len(batch)
+            if interruption.signal:
+                return
+            if not math.isfinite(loss):
+                break
+        test_loss = mean_loss(run.model, data.test_images)
+        if not math.isfinite(total + test_loss):
+            raise FloatingPointError(
+                f"the loss is no longer finite in epoch {epoch}, step {step + 1}: start over with "
+                f"--overwrite and an --lr below {settings.lr} or a --momentum below "
+                f"{settings.momentum}"
+            )
+        run.history.append([total / n, test_loss, time.perf_counter() - start])
+        run.save(checkpoint)
+        append_line(log, epoch_line(epoch, *run.history[-1]))
+        bar.set_postfix_str(f"loss {total / n:.6f}, test loss {test_loss:.6f}")
+
+
+# ------------------------------------------------------------------------------------------ plots
+
+
+def scaled(images: np.ndarray) -> np.ndarray:
+    """uint8 images as float32 in [0, 1]."""
+    return np.multiply(images, 1 / 255, dtype=np.float32)
+
+
+def pca_baseline(data: Data) -> tuple[int, float]:
+    """Size and test loss of the best linear code: scikit-learn's PCA of the training images."""
+    from sklearn.decomposition import PCA
+
+    size = min(LAYER_SIZES[3], len(data.train_images))
+    pca = PCA(size, svd_solver="covariance_eigh").fit(scaled(data.train_images))
+    test_images = scaled(data.test_images)
+    error = pca.inverse_transform(pca.transform(test_images)) - test_images
+    return size, float(np.mean(np.square(error)))
+
+
+def new_figure(width: float, height: float, title: str) -> Any:
+    """An empty figure, sizes in inches, that needs no display."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), dpi=150, layout="constrained")
+    figure.suptitle(title)
+    return figure
+
+
+def plot_losses(path: Path, history: list, pca_size: int, pca_loss: float, data: str) -> None:
+    """Training and test loss by epoch, with the loss of PCA as a reference."""
+    figure = new_figure(8, 4.5, f"Loss by epoch ({data})")
+    axes = figure.subplots()
+    epochs, marker = range(1, len(history) + 1), "o" if len(history) < 20 else ""
+    train_losses, test_losses, _ = zip(*history, strict=True)
+    axes.semilogy(epochs, train_losses, color="#0072b2", marker=marker, label="training")
+    axes.semilogy(epochs, test_losses, "--", color="#d55e00", marker=marker, label="test")
+    reference = f"PCA with {pca_size} components, test"
+    axes.axhline(pca_loss, color="black", linestyle=":", label=reference)
+    axes.set(xlabel="epoch", ylabel="mean squared error per pixel")
+    axes.grid(which="both", alpha=0.2)
+    axes.legend()
+    with whole_file(path) as file:
+        figure.savefig(file)
+
+
+def plot_latent_space(path: Path, codes: np.ndarray, labels: np.ndarray, data: str) -> None:
+    """The codes (n, 128) of the test images in the plane of their first two components."""
+    from sklearn.decomposition import PCA
+
+    pca = PCA(2)
+    points = pca.fit_transform(codes)
+    figure = new_figure(8, 7, f"Codes of the test images, by PCA from 128 to 2 numbers ({data})")
+    axes = figure.subplots()
+    for digit in np.unique(labels):
+        cluster = points[labels == digit]
+        axes.scatter(*cluster.T, s=4, alpha=0.4, color=f"C{digit}", label=str(digit))
+        axes.annotate(
+            str(digit), np.median(cluster, axis=0), ha="center", va="center", fontsize=14,
+            bbox={"boxstyle": "circle", "facecolor": "white", "edgecolor": f"C{digit}"},
+        )  # fmt: skip
+    for share, set_label in zip(
+        pca.explained_variance_ratio_, (axes.set_xlabel, axes.set_ylabel), strict=True
+    ):
+        set_label(f"component ({share:.1%} of the variance)")
+    for handle in axes.legend(title="digit", markerscale=4).legend_handles:
+        handle.set_alpha(1)
+    with whole_file(path) as file:
+        figure.savefig(file)
+
+
+def plot_reconstructions(path: Path, model: Autoencoder, data: Data, title: str) -> None:
+    """For every digit a test image, its reconstruction and the error of each pixel."""
+    digits, rows = np.unique(data.test_labels, return_index=True)
+    originals = scaled(data.test_images[rows])
+    outputs = model.reconstruct(data.test_images[rows])
+    errors = np.abs(outputs - originals)
+    figure = new_figure(10, 4, f"Test images and their reconstructions ({title})")
+    axes = figure.subplots(3, len(digits), squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[:, 0], ("original", "reconstruction", "error"), strict=True):
+        axis.set_ylabel(name)
+    for column, digit in enumerate(digits):
+        axes[0, column].set_title(str(digit))
+        for row, images in enumerate((originals, outputs)):
+            image = images[column].reshape(28, 28)
+            axes[row, column].imshow(image, cmap="gray", vmin=0, vmax=1)
+        error = errors[column].reshape(28, 28)
+        shown = axes[2, column].imshow(error, cmap="magma", vmin=0, vmax=errors.max())
+        axes[2, column].set_xlabel(f"{np.mean(np.square(error)):.5f}")
+    figure.colorbar(shown, ax=axes[2], label="absolute error")
+    figure.supxlabel("mean squared error per pixel")
+    with whole_file(path) as file:
+        figure.savefig(file)
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[dict[str, Any], bool, bool]:
+    """The settings that are given, and whether to resume or to overwrite an earlier run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    for option in fields(Settings):
+        parser.add_argument(
+            "--" + option.name.replace("_", "-"),
+            type=partial(parse_setting, option),
+            metavar={int: "N", float: "X", str: "NAME"}.get(type(option.default), "DIR"),
+            help=f"{option.metadata['meaning']} (default: {option.default})",
+        )
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    earlier.add_argument("--overwrite", action="store_true", help="give an unfinished run up")
+    given = vars(parser.parse_args(argv))
+    return given, given.pop("resume", False), given.pop("overwrite", False)
+
+
+def open_run(given: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Run, Data]:
+    """A new run or that of the checkpoint, with its data; an InputError if that can't be."""
+    settings = Settings(**given)
+    checkpoint = settings.output_dir / "checkpoint.npz"
+    earlier = Run.load(checkpoint) if checkpoint.exists() and not overwrite else None
+    if resume:
+        if not earlier:
+            raise InputError(f"there is no {checkpoint} to resume: leave --resume out")
+        for name, value in given.items():
+            stored = getattr(earlier.settings, name)
+            if name not in ("data_dir", "output_dir") and value not in (stored, "auto"):
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {value} contradicts the {stored} of {checkpoint}")
+        place = {
+            "data_dir": earlier.settings.data_dir,
+            **given,
+            "dataset": earlier.settings.dataset,
+        }
+        settings = replace(earlier.settings, **place, output_dir=settings.output_dir)
+    elif earlier and len(earlier.history) < earlier.settings.epochs:
+        raise InputError(
+            f"{checkpoint} holds an unfinished run ({len(earlier.history)} of "
+            f"{earlier.settings.epochs} epochs): give --resume to go on or --overwrite to start over"
+        )
+    data = load_data(settings.dataset, settings.data_dir)
+    settings = replace(settings, dataset=data.name, data_dir=settings.data_dir.resolve())
+    identity = data.identity()
+    if resume and identity != earlier.data_identity:
+        raise InputError(f"the data are {identity}, those of {checkpoint} {earlier.data_identity}")
+    run = earlier if resume else Run(settings, identity)
+    run.settings = settings
+    return run, data
+
+
+def log_header(run: Run, threads: int) -> list[str]:
+    """The comment lines above the epochs: what the figures depend on."""
+    values = {k: v for k, v in vars(run.settings).items() if k not in ("data_dir", "output_dir")}
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return [
+        f"# {'-'.join(map(str, LAYER_SIZES))} autoencoder, mini-batch SGD with momentum in NumPy",
+        "# settings: " + ", ".join(f"{k} {v}" for k, v in values.items()),
+        f"# data: {run.data_identity}",
+        f"# Python {platform.python_version()}, NumPy {np.__version__}, {blas['name']} "
+        f"{blas['version']} with {threads} threads",
+    ]
+
+
+def execute(given: dict[str, Any], resume: bool, overwrite: bool, stop: Interruption) -> int:
+    """Train, or go on training, then draw the plots and save the model; returns the exit status."""
+    run, data = open_run(given, resume, overwrite)
+    output = run.settings.output_dir
+    log, checkpoint = output / "training_log.txt", output / "checkpoint.npz"
+    output.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(output).free < DISK_NEEDED:
+        raise OSError(f"{output} has less than {DISK_NEEDED // 10**6} MB of free space")
+    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    threads = min([run.settings.blas_threads, *(each["num_threads"] for each in libraries)])
+    lines = log_header(run, threads)
+    lines += [epoch_line(epoch, *row) for epoch, row in enumerate(run.history, 1)]
+    with whole_file(log) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+    print(*lines, sep="\n", flush=True)
+    if len(run.history) == run.settings.epochs:
+        print("this run is finished already; drawing its plots again")
+    run.save(checkpoint)
+
+    stop.training = True
+    with threadpool_limits(threads, "blas"), np.errstate(all="ignore"):  # the loss will tell
+        train(run, data, stop, log, checkpoint)
+    if run.history:
+        pca_size, pca_loss = pca_baseline(data)
+        ratio = run.history[-1][1] / pca_loss
+        if len(run.history) == run.settings.epochs:
+            verdict = f"{1 / ratio:.2f} times lower" if ratio < 1 else f"{ratio:.2f} times higher"
+            append_line(
+                log,
+                f"# PCA with {pca_size} components: Test Loss {pca_loss:.6f}; "
+                f"the autoencoder's is {verdict}",
+            )
+        title = {"mnist": "MNIST", "sample": "a sample of 5,000 MNIST digits"}[data.name]
+        plots = output / "plots"
+        plot_losses(plots / "loss_curve.png", run.history, pca_size, pca_loss, title)
+        codes = run.model.encode(data.test_images)
+        plot_latent_space(plots / "latent_space.png", codes, data.test_labels, title)
+        plot_reconstructions(plots / "reconstructions.png", run.model, data, title)
+        run.model.save(output / "model.npz")
+        print(f"log: {log}\nplots: {plots}\nmodel: {output / 'model.npz'}")
+    if not stop.signal:
+        return 0
+    print(
+        f"stopped after {len(run.history)} of {run.settings.epochs} epochs; to go on, repeat the "
+        "command with --resume",
+        file=sys.stderr,
+    )
+    return 128 + stop.signal
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, 1 (disk, divergence), 2 (bad input) or 128 + signal."""
+    given, resume, overwrite = parse_arguments(argv)
+    with Interruption() as stop:
+        try:
+            return execute(given, resume, overwrite, stop)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except (OSError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
