@@ -144,8 +144,10 @@ def idx_count(path: Path, *item_shape: int) -> int:
     it, would end in a traceback there. Raises an InputError if header or size are wrong.
     """
     header = np.fromfile(path, ">i4", count=2 + len(item_shape)).tolist()
-    if header[:1] + header[2:] != [2049 + len(item_shape), *item_shape] or (
-        path.stat().st_size != 4 * len(header) + header[1] * math.prod(item_shape)
+    if (
+        len(header) < 2 + len(item_shape)
+        or header[:1] + header[2:] != [2049 + len(item_shape), *item_shape]
+        or path.stat().st_size != 4 * len(header) + header[1] * math.prod(item_shape)
     ):
         raise InputError(f"{path} is damaged or not MNIST's: delete it to have it downloaded")
     return header[1]
@@ -604,7 +606,7 @@ def new_figure(width: float, height: float, title: str) -> Any:
 
 def plot_losses(path: Path, history: list, pca_size: int, pca_loss: float, data: str) -> None:
     """Training and test loss by epoch, with the loss of PCA as a reference."""
-    figure = new_figure(8, 4.5, f"Loss by epoch ({data})")
+    figure = new_figure(8, 4.5, title=f"Loss by epoch ({data})")
     axes = figure.subplots()
     epochs, marker = range(1, len(history) + 1), "o" if len(history) < 20 else ""
     train_losses, test_losses, _ = zip(*history, strict=True)
@@ -625,7 +627,9 @@ def plot_latent_space(path: Path, codes: np.ndarray, labels: np.ndarray, data: s
 
     pca = PCA(2)
     points = pca.fit_transform(codes)
-    figure = new_figure(8, 7, f"Codes of the test images, by PCA from 128 to 2 numbers ({data})")
+    figure = new_figure(
+        8, 7, title=f"Codes of the test images, by PCA from 128 to 2 numbers ({data})"
+    )
     axes = figure.subplots()
     for digit in np.unique(labels):
         cluster = points[labels == digit]
@@ -650,7 +654,7 @@ def plot_reconstructions(path: Path, model: Autoencoder, data: Data, title: str)
     originals = scaled(data.test_images[rows])
     outputs = model.reconstruct(data.test_images[rows])
     errors = np.abs(outputs - originals)
-    figure = new_figure(10, 4, f"Test images and their reconstructions ({title})")
+    figure = new_figure(10, 4, title=f"Test images and their reconstructions ({title})")
     axes = figure.subplots(3, len(digits), squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import script
+
 from mnist_autoencoder import LAYER_SIZES, Autoencoder
 
 SMALL = (7, 6, 5, 3, 5, 6, 7)
