@@ -625,7 +625,7 @@ def plot_latent_space(path: Path, codes: np.ndarray, labels: np.ndarray, data: s
     """The codes (n, 128) of the test images in the plane of their first two components."""
     from sklearn.decomposition import PCA
 
-    pca = PCA(2)
+    pca = PCA(2, svd_solver="full")
     points = pca.fit_transform(codes)
     figure = new_figure(
         8, 7, title=f"Codes of the test images, by PCA from 128 to 2 numbers ({data})"

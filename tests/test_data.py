@@ -243,13 +243,13 @@ def test_refused_connection_falls_back_to_the_sample(tmp_path, monkeypatch, caps
 
 
 def test_fallback_says_so_in_log_and_titles(tmp_path, mirror, monkeypatch):
-    titles = []
-    new_figure = script.new_figure
-    monkeypatch.setattr(
-        script,
-        "new_figure",
-        lambda *size, title: titles.append(title) or new_figure(*size, title=title),
-    )
+    titles, new_figure = [], script.new_figure
+
+    def recording(*size, title):
+        titles.append(title)
+        return new_figure(*size, title)
+
+    monkeypatch.setattr(script, "new_figure", recording)
     mirror("503")
     result = call("--epochs", 1, "--data-dir", tmp_path / "data", "--output-dir", tmp_path)
     assert result.status == 0 and "warning: " in result.err
