@@ -252,7 +252,8 @@ def blaming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise InputError(f"{path} can't be used: {' '.join(str(error).split())}") from error
+        fault = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{path} can't be used: {fault}") from error
 
 
 def read_arrays(path: Path, expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -712,16 +713,12 @@ def open_run(given: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Run,
             if name not in ("data_dir", "output_dir") and value not in (stored, "auto"):
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {value} contradicts the {stored} of {checkpoint}")
-        place = {
-            "data_dir": earlier.settings.data_dir,
-            **given,
-            "dataset": earlier.settings.dataset,
-        }
-        settings = replace(earlier.settings, **place, output_dir=settings.output_dir)
+        data_dir = given.get("data_dir", earlier.settings.data_dir)
+        settings = replace(earlier.settings, data_dir=data_dir, output_dir=settings.output_dir)
     elif earlier and len(earlier.history) < earlier.settings.epochs:
         raise InputError(
             f"{checkpoint} holds an unfinished run ({len(earlier.history)} of "
-            f"{earlier.settings.epochs} epochs): give --resume to go on or --overwrite to start over"
+            f"{earlier.settings.epochs} epochs): --resume continues it, --overwrite starts over"
         )
     data = load_data(settings.dataset, settings.data_dir)
     settings = replace(settings, dataset=data.name, data_dir=settings.data_dir.resolve())
