@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import ROOT, call, figures, script, write_idx
+from matplotlib.figure import Figure
 from torchvision import datasets
 
 NAMES = [name.removesuffix(".gz") for name, _ in datasets.MNIST.resources]
@@ -243,13 +244,9 @@ def test_refused_connection_falls_back_to_the_sample(tmp_path, monkeypatch, caps
 
 
 def test_fallback_says_so_in_log_and_titles(tmp_path, mirror, monkeypatch):
-    titles, new_figure = [], script.new_figure
-
-    def recording(*size, title):
-        titles.append(title)
-        return new_figure(*size, title)
-
-    monkeypatch.setattr(script, "new_figure", recording)
+    titles = []
+    record = lambda figure, file: titles.append(figure.get_suptitle())  # noqa: E731
+    monkeypatch.setattr(Figure, "savefig", record)
     mirror("503")
     result = call("--epochs", 1, "--data-dir", tmp_path / "data", "--output-dir", tmp_path)
     assert result.status == 0 and "warning: " in result.err

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SCRIPT, call, figures, same, script, weights, write_idx
 from matplotlib import image
+from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 EPOCH = re.compile(r"Epoch (\d+), Loss: (\d\.\d{6}), Test Loss: (\d\.\d{6}), Time: \d+\.\ds")
@@ -94,13 +95,8 @@ def test_plots_are_images_that_show_something(sample_run):
 @pytest.fixture
 def drawn(sample_run, monkeypatch, tmp_path):
     """The figures of the three plots, drawn again from what the sample run has saved."""
-    found, new_figure = [], script.new_figure
-
-    def recording(*size, title):
-        found.append(new_figure(*size, title))
-        return found[-1]
-
-    monkeypatch.setattr(script, "new_figure", recording)
+    found = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file: found.append(figure))
     run = script.Run.load(sample_run.directory / "checkpoint.npz")
     data = script.load_data("sample", ROOT)
     script.plot_losses(tmp_path / "1.png", run.history, 128, 0.0123, "sample")
