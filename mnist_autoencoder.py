@@ -66,7 +66,7 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------------- configuration
 
 LAYER_SIZES = (784, 512, 256, 128, 256, 512, 784)
-WARMUP_STEPS = 200  # the full learning rate would wreck random weights
+WARMUP_STEPS = 1000  # with 200, some seeds end at black images and stay there
 SAMPLE_DIR = Path(__file__).resolve().parent / "data" / "sample"
 EXTRA_MIRROR = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 DOWNLOAD_TIMEOUT = 30  # seconds that a server may stay silent
@@ -429,14 +429,12 @@ class Autoencoder:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up to `peak`, then half a cosine towards 0 at the last of all `steps`.
+    """Half a cosine from `peak` down to 0 after all `steps`, times a linear warm-up.
 
     The cosine is that of Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983.
     """
-    warmup = min(WARMUP_STEPS, steps // 2)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+    warmup = min(1, (step + 1) / WARMUP_STEPS)
+    return warmup * peak * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def sgd_step(
@@ -619,6 +617,8 @@ def drawing(path: Path, width: float, height: float, title: str) -> Iterator[Any
 
 def plot_losses(path: Path, history: list, pca_size: int, pca_loss: float, data: str) -> None:
     """Training and test loss by epoch, with the loss of PCA as a reference."""
+    from matplotlib.ticker import LogLocator
+
     epochs, marker = range(1, len(history) + 1), "o" if len(history) < 20 else ""
     train_losses, test_losses, _ = zip(*history, strict=True)
     with drawing(path, 8, 4.5, f"Reconstruction loss by epoch ({data})") as figure:
@@ -628,7 +628,10 @@ def plot_losses(path: Path, history: list, pca_size: int, pca_loss: float, data:
         reference = f"PCA with {pca_size} components, test"
         axes.axhline(pca_loss, color="black", linestyle=":", label=reference)
         axes.set(xlabel="epoch", ylabel="mean squared error per pixel")
-        axes.grid(which="both", alpha=0.2)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
         axes.legend()
 
 
@@ -651,7 +654,7 @@ def plot_latent_space(path: Path, codes: np.ndarray, labels: np.ndarray, data: s
             cluster = points[labels == digit]
             axes.scatter(*cluster.T, s=4, alpha=0.4, color=f"C{digit}", label=str(digit))
             # Ten colours are too many for a colour-blind reader: the digits stand there, too.
-            box = {"boxstyle": "circle", "facecolor": "white", "edgecolor": f"C{digit}"}
+            box = {"boxstyle": "circle,pad=0.1", "facecolor": "white", "edgecolor": f"C{digit}"}
             axes.text(*np.median(cluster, axis=0), digit, ha="center", va="center", bbox=box)
         for handle in axes.legend(title="digit", markerscale=4).legend_handles:
             handle.set_alpha(1)
@@ -674,7 +677,7 @@ def plot_reconstructions(path: Path, model: Autoencoder, data: Data, name: str) 
             for cell, image in zip(axes[row], images, strict=True):
                 cell.set(xticks=[], yticks=[])
                 shown = cell.imshow(image.reshape(28, 28), cmap=colours, vmin=0, vmax=top)
-        figure.colorbar(shown, ax=axes[2])
+        figure.colorbar(shown, ax=axes[2], aspect=8)
         for column, digit in enumerate(digits):
             axes[0, column].set_title(str(digit))
             axes[2, column].set_xlabel(f"{np.mean(np.square(errors[column])):.5f}")
