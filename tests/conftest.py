@@ -74,7 +74,10 @@ def sample_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mnist_dir():
-    directory = Path(os.environ.get("MNIST_DIR", ROOT.parent / "shared" / "mnist"))
-    if not (directory / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
-        pytest.skip("needs all of MNIST: set MNIST_DIR to the folder that holds MNIST/raw")
-    return directory
+    places = [ROOT / "data", ROOT.parent / "shared" / "mnist"]
+    if "MNIST_DIR" in os.environ:
+        places = [Path(os.environ["MNIST_DIR"])]
+    for place in places:
+        if (place / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
+            return place
+    pytest.skip("needs all of MNIST: set MNIST_DIR to the folder that holds MNIST/raw")
