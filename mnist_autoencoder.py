@@ -95,7 +95,7 @@ class Settings:
     # A product with 128 images is too small to gain from being shared among more.
     blas_threads: int = setting(8, "most threads in a matrix product", 1, 1024)
     dataset: str = setting(
-        "auto", "auto: all of MNIST if it can be had, else the sample", "auto", "mnist", "sample"
+        "auto", "mnist, sample, or auto: mnist if it can be had", "auto", "mnist", "sample"
     )
     data_dir: Path = setting(Path("data"), "holds, or receives, MNIST/raw")
     output_dir: Path = setting(Path("."), "receives the log, the plots and the model")
@@ -713,7 +713,10 @@ def open_run(given: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Run,
     """A new run or that of the checkpoint, with its data; an InputError if that can't be."""
     settings = Settings(**given)
     checkpoint = settings.output_dir / "checkpoint.npz"
-    earlier = Run.load(checkpoint) if checkpoint.exists() and not overwrite else None
+    try:
+        earlier = Run.load(checkpoint) if checkpoint.exists() and not overwrite else None
+    except InputError as error:
+        raise InputError(f"{error} (--overwrite starts a new run)") from error
     if resume:
         if not earlier:
             raise InputError(f"there is no {checkpoint} to resume: leave --resume out")
@@ -813,9 +816,11 @@ def main(argv: list[str] | None = None) -> int:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except (OSError, FloatingPointError) as error:
+        except OSError as error:
+            print(f"error: {error}; check --output-dir, files so far are whole", file=sys.stderr)
+        except FloatingPointError as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+        return 1
 
 
 if __name__ == "__main__":

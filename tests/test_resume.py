@@ -92,7 +92,9 @@ def test_signal_keeps_the_complete_epochs_and_resume_ends_like_an_unbroken_run(
 ):
     arguments, whole = small
     arguments = [*arguments, "--output-dir", tmp_path]
+    handler = signal.getsignal(number)
     result = stop_at(monkeypatch, step, arguments, number)
+    assert signal.getsignal(number) == handler
     epochs = (step - 1) // 4  # the one that was under way is lost
     assert result.status == status and "--resume" in result.err and len(result.lines) == 1
     assert figures(tmp_path / "training_log.txt") == figures(whole / "training_log.txt")[:epochs]
@@ -101,7 +103,6 @@ def test_signal_keeps_the_complete_epochs_and_resume_ends_like_an_unbroken_run(
 
     assert call(*arguments, "--resume").status == 0
     assert_equal_runs(tmp_path, whole)
-    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
 
 
 def test_second_signal_leaves_at_once_with_whole_files(small, tmp_path, monkeypatch):
