@@ -1,11 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "numpy>=2.2",
-#     "torchvision>=0.29",
-#     "matplotlib>=3.10",
-#     "scikit-learn>=1.7",
-#     "tqdm>=4.70",
+#     "numpy>=2.2", "torchvision>=0.29", "matplotlib>=3.10", "scikit-learn>=1.7", "tqdm>=4.70",
 # ]
 # ///
 """A deep autoencoder for MNIST, from scratch in NumPy.
@@ -20,27 +16,24 @@ reads the images, scikit-learn computes the PCA, matplotlib draws.
 
 The n images of a mini-batch are the columns of a matrix x, shape (784, n). [a; 1] is a with a row
 of ones below it, so that the last column of a weight matrix W_l holds the biases of its layer.
-Forward pass, for l = 0 ... 5:
+Forward pass, for l = 0 ... 5, from a_0 = x:
 
-    a_0     = x
     z_(l+1) = W_l [a_l; 1]
-    a_(l+1) = elu(z_(l+1)), but a_3 = z_3 (the code is linear) and a_6 = sigmoid(z_6)
+    a_(l+1) = f_(l+1)(z_(l+1))
     loss    = sum of (a_6 - x)^2 / (784 n)
 
-with elu(z) = max(z, exp(min(z, 0)) - 1) (Clevert et al. 2016, https://arxiv.org/abs/1511.07289).
-Backward pass by the chain rule, d_l standing for dloss/dz_l, * for the elementwise product and
-V_l for W_l without its last column:
+with f = elu(z) = max(z, exp(min(z, 0)) - 1) (Clevert et al. 2016, arxiv.org/abs/1511.07289), but
+the code is linear, f_3(z) = z, and the output is a sigmoid, f_6(z) = 1 / (1 + exp(-z)). Backward
+pass by the chain rule, with d_l for dloss/dz_l, V_l for W_l without its last column, * for the
+elementwise product and the slopes elu'(z) = exp(min(z, 0)), f_3' = 1 and f_6' = f_6 (1 - f_6):
 
-    d_6         = 2 (a_6 - x) / (784 n) * a_6 * (1 - a_6)
-    dloss/dW_l  = d_(l+1) [a_l; 1]^T
-    d_l         = V_l^T d_(l+1) * elu'(z_l), but d_3 = V_3^T d_4
-
-where elu'(z) = exp(min(z, 0)) = 1 + min(elu(z), 0) needs nothing but the activation.
+    d_6        = 2 (a_6 - x) / (784 n) * f_6'(z_6)
+    dloss/dW_l = d_(l+1) [a_l; 1]^T
+    d_l        = V_l^T d_(l+1) * f_l'(z_l)
 """
 
 import argparse
 import hashlib
-import http.client
 import json
 import math
 import os
@@ -50,12 +43,11 @@ import signal
 import socket
 import sys
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -94,9 +86,7 @@ class Settings:
     seed: int = setting(0, "of the initial weights and the shuffling", 0, 2**32 - 1)
     # A product with 128 images is too small to gain from being shared among more.
     blas_threads: int = setting(8, "most threads in a matrix product", 1, 1024)
-    dataset: str = setting(
-        "auto", "mnist, sample, or auto: mnist if it can be had", "auto", "mnist", "sample"
-    )
+    dataset: str = setting("auto", "auto is mnist if it can be had", "auto", "mnist", "sample")
     data_dir: Path = setting(Path("data"), "holds, or receives, MNIST/raw")
     output_dir: Path = setting(Path("."), "receives the log, the plots and the model")
 
@@ -106,71 +96,51 @@ def parse_setting(option: Field, text: str) -> Any:
     kind, allowed = type(option.default), option.metadata["allowed"]
     try:
         value = kind(text)
+        if not allowed or (value in allowed if kind is str else allowed[0] <= value <= allowed[1]):
+            return value
     except ValueError:
-        value = math.nan  # lies within no bounds
-    if kind is str:
-        valid, rule = value in allowed, " or ".join(allowed)
-    elif allowed:
-        valid = allowed[0] <= value <= allowed[1]
-        rule = f"a {'whole ' * (kind is int)}number from {allowed[0]} to {allowed[1]}"
-    else:
-        return value
-    if not valid:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
-    return value
+        pass
+    number = "a whole number" if kind is int else "a number"
+    choices = " or ".join(allowed) if kind is str else f"{number} from {allowed[0]} to {allowed[1]}"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {choices}")
 
 
 # ------------------------------------------------------------------------------------------- data
 
 
 class Data(NamedTuple):
-    """Images (n, 784) and labels (n,), all uint8; name is "mnist" or "sample"."""
+    """Images (n, 784) and labels (n,), all uint8 as in MNIST's files."""
 
-    name: str
+    name: str  # "mnist" or "sample"
+    identity: str  # name, counts and checksum, by which a resumed run knows its data again
     train_images: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
 
-    def identity(self) -> str:
-        """Name, counts and checksum, by which a resumed run knows its data again."""
-        digest = hashlib.sha256()
-        for array in self[1:]:
-            digest.update(array)
-        counts = f"{len(self.train_images)} training and {len(self.test_images)} test images"
-        return f"{self.name}, {counts}, sha256 {digest.hexdigest()[:16]}"
-
-
-def idx_count(path: Path, *item_shape: int) -> int:
-    """The number of items of this shape in an IDX file (see yann.lecun.com/exdb/mnist).
-
-    torchvision is content if the file exists; a part of one, as an interrupted extraction leaves
-    it, would end in a traceback there. Raises an InputError if header or size are wrong.
-    """
-    header = np.fromfile(path, ">i4", count=2 + len(item_shape)).tolist()
-    if (
-        len(header) < 2 + len(item_shape)
-        or header[:1] + header[2:] != [2049 + len(item_shape), *item_shape]
-        or path.stat().st_size != 4 * len(header) + header[1] * math.prod(item_shape)
-    ):
-        raise InputError(f"{path} is damaged or not MNIST's: delete it to have it downloaded")
-    return header[1]
-
 
 def missing_files(raw: Path) -> list[str]:
-    """Which of MNIST's four files are not in `raw`; an InputError if one is unusable."""
+    """Which of MNIST's four files are not in `raw`; an InputError if one of the others is damaged.
+
+    torchvision is content if a file exists; a part of one, as an interrupted extraction leaves
+    it, would end in a traceback there. The format is IDX, see yann.lecun.com/exdb/mnist.
+    """
     missing = []
     for part in ("train", "t10k"):
         counts = []
-        for kind, item_shape in (("images-idx3", (28, 28)), ("labels-idx1", ())):
+        for kind, shape in (("images-idx3", [28, 28]), ("labels-idx1", [])):
             path = raw / f"{part}-{kind}-ubyte"
-            if path.is_file():
-                counts.append(idx_count(path, *item_shape))
-            else:
+            if not path.is_file():
                 missing.append(path.name)
+                continue
+            header = np.fromfile(path, ">i4", count=2 + len(shape)).tolist()
+            count, rest = divmod(path.stat().st_size - 8 - 4 * len(shape), math.prod(shape))
+            if rest or header != [2049 + len(shape), count, *shape]:
+                raise InputError(f"{path} is damaged or not MNIST's: delete it to download it anew")
+            counts.append(count)
         if len(set(counts)) > 1 or min(counts, default=2) < 2:
             raise InputError(
                 f"{raw} has {' and '.join(map(str, counts))} {part} images and labels, but needs "
-                "equal numbers of at least 2: delete the files to have them downloaded"
+                "equal numbers of at least 2: delete the files to download them anew"
             )
     return missing
 
@@ -191,7 +161,7 @@ def download(root: Path, missing: list[str]) -> str:
             MNIST(root, download=True)
             fault = ""
             break
-        except (OSError, RuntimeError, EOFError, zlib.error, http.client.HTTPException) as error:
+        except Exception as error:  # of half a dozen types, from OSError to zlib.error
             fault = " ".join(str(error).split())
     socket.setdefaulttimeout(timeout)
     return fault
@@ -202,9 +172,10 @@ def load_data(dataset: str, data_dir: Path) -> Data:
 
     Raises an InputError if a file is damaged or, with dataset "mnist", can't be had.
     """
-    raw = data_dir / "MNIST" / "raw"
-    missing = [] if dataset == "sample" else missing_files(raw)
-    if missing and (fault := download(data_dir, missing)):
+    raw, fault = data_dir / "MNIST" / "raw", ""
+    if dataset != "sample" and (missing := missing_files(raw)):
+        fault = download(data_dir, missing)
+    if fault:
         problem = f"{raw} lacks {' '.join(missing)}, and the download failed: {fault}"
         advice = "put MNIST's files there or give their place with --data-dir"
         if dataset == "mnist":
@@ -214,20 +185,21 @@ def load_data(dataset: str, data_dir: Path) -> Data:
             f"compared with those on all of MNIST. To use all of it, {advice}.",
             file=sys.stderr,
         )
-        dataset = "sample"
-    if dataset == "sample":
-        data_dir = SAMPLE_DIR
-    if missing := missing_files(data_dir / "MNIST" / "raw"):
-        raise InputError(f"{data_dir / 'MNIST' / 'raw'} lacks {' '.join(missing)}: put it there")
+    name, root = ("sample", SAMPLE_DIR) if fault or dataset == "sample" else ("mnist", data_dir)
+    raw = root / "MNIST" / "raw"
+    if missing := missing_files(raw):
+        raise InputError(f"{raw} lacks {' '.join(missing)}: put it there")
     from torchvision import datasets
 
-    train, test = (datasets.MNIST(data_dir, train) for train in (True, False))
+    train, test = (datasets.MNIST(root, train) for train in (True, False))
     # uint8 as in the files, a quarter of float32's memory; a mini-batch is scaled when used.
     images = [part.data.numpy().reshape(-1, LAYER_SIZES[0]) for part in (train, test)]
     labels = test.targets.numpy().astype(np.uint8)
     if labels.max() > 9:
-        raise InputError(f"{data_dir / 'MNIST' / 'raw'}: the label {labels.max()} is no digit")
-    return Data("sample" if dataset == "sample" else "mnist", *images, labels)
+        raise InputError(f"{raw}: the label {labels.max()} is no digit")
+    digest = hashlib.sha256(b"".join([*images, labels])).hexdigest()[:16]
+    counts = f"{len(train)} training and {len(test)} test images"
+    return Data(name, f"{name}, {counts}, sha256 {digest}", *images, labels)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -259,28 +231,23 @@ def blaming(path: Path) -> Iterator[None]:
         raise InputError(f"{path} can't be used: {fault}") from error
 
 
-def read_arrays(path: Path, expected: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Read from an .npz file the arrays that `expected` names.
+def fill_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Fill the arrays with those of the same names in an .npz file.
 
-    Names, shapes, dtypes and sizes must be those of the expected arrays, floats finite; or else an
-    InputError is raised. np.load would allocate whatever size the file declares.
+    Raises an InputError unless shapes, dtypes and sizes are the same and all floats are finite.
     """
-    arrays = {}
-    with path.open("rb") as file, blaming(path), zipfile.ZipFile(file) as archive:
-        for name, model in expected.items():
-            member = archive.getinfo(f"{name}.npy")
-            if not 0 <= member.file_size - model.nbytes <= 1024:
-                raise ValueError(f"{name} has {member.file_size} bytes")
-            with archive.open(member) as stream:
-                np.lib.format.read_magic(stream)
-                layout = np.lib.format.read_array_header_1_0(stream)
-                if layout != (model.shape, False, model.dtype):
-                    raise ValueError(f"{name} is {layout}, not {model.shape} {model.dtype}")
-                array = np.frombuffer(stream.read(), model.dtype).reshape(model.shape)
-            if model.dtype.kind == "f" and not np.isfinite(array).all():
+    with path.open("rb") as file, blaming(path), np.load(file, allow_pickle=False) as archive:
+        for name, array in arrays.items():
+            # Before reading it, since a small file may declare, and unpack to, gigabytes.
+            size = archive.zip.getinfo(f"{name}.npy").file_size
+            if size > array.nbytes + 1024:
+                raise ValueError(f"{name} has {size} bytes")
+            stored = archive[name]
+            if (stored.shape, stored.dtype) != (array.shape, array.dtype):
+                raise ValueError(f"{name} is {stored.dtype} {stored.shape}, not {array.shape}")
+            if stored.dtype.kind == "f" and not np.isfinite(stored).all():
                 raise ValueError(f"{name} has values that are not finite")
-            arrays[name] = array.copy()
-    return arrays
+            array[...] = stored
 
 
 def by_layer(name: str, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -296,7 +263,7 @@ class Autoencoder:
 
     Args:
         seed: of the initial weights, normal with variance 2 / inputs (He et al. 2015,
-            https://arxiv.org/abs/1502.01852). The biases start at zero.
+            arxiv.org/abs/1502.01852). The biases start at zero.
         layer_sizes: from the pixels by way of the code, in the middle, to the pixels.
         dtype: of everything; float64 serves to check the gradients.
 
@@ -304,17 +271,16 @@ class Autoencoder:
         weights: W_l for l = 0 ... 5, shape (outputs, inputs + 1).
         activations: [a_l; 1] for l = 0 ... 6, shape (size + 1, n), of the last n images. With
             images as columns, the matrix products of BLAS are faster than with rows.
+        slopes: f_l'(z_l) for l = 0 ... 6, shape (size, n).
     """
 
     def __init__(self, seed: int = 0, layer_sizes: tuple = LAYER_SIZES, dtype: Any = np.float32):
         rng = np.random.default_rng(seed)
         self.layer_sizes, self.dtype = layer_sizes, np.dtype(dtype)
         self.code_layer = len(layer_sizes) // 2
-        self.weights = []
-        for inputs, outputs in zip(layer_sizes, layer_sizes[1:], strict=False):
-            weights = np.zeros((outputs, inputs + 1), dtype)
-            weights[:, :-1] = rng.normal(0, math.sqrt(2 / inputs), (outputs, inputs))
-            self.weights.append(weights)
+        self.weights = [np.zeros((outs, ins + 1), dtype) for ins, outs in pairwise(layer_sizes)]
+        for weights, inputs in zip(self.weights, layer_sizes, strict=False):
+            weights[:, :-1] = rng.normal(0, math.sqrt(2 / inputs), (len(weights), inputs))
         # One memory for the gradients of all layers, used in turn, stays in the CPU's cache.
         memory = np.empty(max(w.size for w in self.weights), dtype)
         self._gradients = [memory[: w.size].reshape(w.shape) for w in self.weights]
@@ -322,6 +288,7 @@ class Autoencoder:
 
     def _make_room(self, n: int) -> None:
         self.activations = [np.ones((size + 1, n), self.dtype) for size in self.layer_sizes]
+        self.slopes = [np.ones((size, n), self.dtype) for size in self.layer_sizes]
 
     def _propagate(self, inputs: np.ndarray, first: int, last: int) -> np.ndarray:
         """From the rows of `inputs`, as the columns of a_first, compute a_last.
@@ -333,17 +300,16 @@ class Autoencoder:
             self._make_room(len(inputs))
         scale = self.dtype.type(1 / 255 if inputs.dtype == np.uint8 else 1)
         np.multiply(inputs.T, scale, out=self.activations[first][:-1])
-        for layer in range(first, last):
-            z = self.activations[layer + 1][:-1]
-            np.matmul(self.weights[layer], self.activations[layer], out=z)
-            if layer + 1 == len(self.weights):
+        for layer in range(first + 1, last + 1):
+            z, slope = self.activations[layer][:-1], self.slopes[layer]
+            np.matmul(self.weights[layer - 1], self.activations[layer - 1], out=z)
+            if layer == len(self.weights):
                 with np.errstate(over="ignore"):  # 1 / (1 + inf) = 0 is right
                     np.divide(1, 1 + np.exp(-z), out=z)
-            elif layer + 1 != self.code_layer:
-                below = np.minimum(z, 0)
-                np.exp(below, out=below)  # in place: less memory to move through the cache
-                below -= 1
-                np.maximum(z, below, out=z)
+                np.multiply(z, 1 - z, out=slope)
+            elif layer != self.code_layer:
+                np.exp(np.minimum(z, 0), out=slope)
+                np.maximum(z, slope - 1, out=z)
         return self.activations[last][:-1].T
 
     def forward(self, images: np.ndarray) -> float:
@@ -358,18 +324,14 @@ class Autoencoder:
         A gradient is valid until the next one is asked for, and W_l may be changed by then. SGD
         gives its learning rate as `scale`, since to scale d_6 is to scale all that follows.
         """
-        output = self.activations[-1][:-1]
-        delta = self._error * output * (1 - output)
+        delta = self._error * self.slopes[-1]
         delta *= self.dtype.type(2 * scale / delta.size)
         for layer in reversed(range(len(self.weights))):
             gradient = self._gradients[layer]
             np.matmul(delta, self.activations[layer].T, out=gradient)
             if layer > 0:
                 delta = self.weights[layer][:, :-1].T @ delta
-                if layer != self.code_layer:
-                    slope = np.minimum(self.activations[layer][:-1], 0)
-                    slope += 1
-                    delta *= slope
+                delta *= self.slopes[layer]
             yield layer, gradient
 
     def _in_batches(self, inputs: np.ndarray, first: int, last: int) -> np.ndarray:
@@ -381,17 +343,14 @@ class Autoencoder:
         """The codes (n, 128) of images (n, 784) or (n, 28, 28).
 
         Raises:
-            ValueError: other shapes, a dtype that is neither uint8 (0 ... 255) nor floating, or
-                floats outside [0, 1].
+            ValueError: other shapes, or neither uint8 (0 ... 255) nor floats in [0, 1].
         """
         images = np.asarray(images)
         if images.shape[1:] not in ((784,), (28, 28)):
             raise ValueError(f"images must be (n, 784) or (n, 28, 28), not {images.shape}")
-        if images.dtype != np.uint8:
-            if not np.issubdtype(images.dtype, np.floating):
-                raise ValueError(f"images must be uint8 or floats in [0, 1], not {images.dtype}")
-            if not ((images >= 0) & (images <= 1)).all():
-                raise ValueError(f"{images.dtype} images must be in [0, 1] everywhere")
+        floating = np.issubdtype(images.dtype, np.floating)
+        if images.dtype != np.uint8 and not (floating and ((images >= 0) & (images <= 1)).all()):
+            raise ValueError(f"images must be uint8 or floats in [0, 1]; these are {images.dtype}")
         return self._in_batches(images.reshape(-1, 784), 0, self.code_layer)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -420,8 +379,7 @@ class Autoencoder:
     def load(cls, path: str | Path) -> "Autoencoder":
         """The network that `save` wrote; a ValueError if the file is anything else."""
         model = cls()
-        arrays = read_arrays(Path(path), by_layer("weights", model.weights))
-        model.weights = list(arrays.values())
+        fill_arrays(Path(path), by_layer("weights", model.weights))
         return model
 
 
@@ -431,7 +389,7 @@ class Autoencoder:
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Half a cosine from `peak` down to 0 after all `steps`, times a linear warm-up.
 
-    The cosine is that of Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983.
+    The cosine is that of Loshchilov and Hutter 2017, arxiv.org/abs/1608.03983.
     """
     warmup = min(1, (step + 1) / WARMUP_STEPS)
     return warmup * peak * (1 + math.cos(math.pi * step / steps)) / 2
@@ -443,7 +401,7 @@ def sgd_step(
     """One step of SGD with momentum on a mini-batch; returns its loss before the step.
 
     v <- momentum v - lr dloss/dW and W <- W + v, for every layer, v being zero at first
-    (Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html).
+    (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html).
     """
     loss = model.forward(images)
     for layer, gradient in model.backward(scale=lr):
@@ -469,65 +427,56 @@ class Run:
         history: of every epoch the training loss, the test loss and the seconds.
     """
 
-    def __init__(self, settings: Settings, data_identity: str, epochs_done: int = 0):
+    def __init__(self, settings: Settings, data_identity: str):
         self.settings, self.data_identity = settings, data_identity
         self.model = Autoencoder(settings.seed)
         self.velocity = [np.zeros_like(weights) for weights in self.model.weights]
-        self.history = [[0.0, 0.0, 0.0]] * epochs_done
+        self.history: list[list[float]] = []
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays of a checkpoint; `about` is a JSON text in a field of fixed length."""
-        texts = {name: str(value) for name, value in vars(self.settings).items()}
-        about = json.dumps([texts, self.data_identity, len(self.history)])
-        return {
-            "about": np.array(about.encode(), "S32768"),
-            "history": np.array(self.history, float).reshape(-1, 3),
-            **by_layer("weights", self.model.weights),
-            **by_layer("velocity", self.velocity),
-        }
+    def _arrays(self, history: np.ndarray) -> dict[str, np.ndarray]:
+        layers = by_layer("weights", self.model.weights) | by_layer("velocity", self.velocity)
+        return {"history": history, **layers}
 
     def save(self, path: Path) -> None:
         """Replace the checkpoint by one of now."""
+        texts = {name: str(value) for name, value in vars(self.settings).items()}
+        about = json.dumps([texts, self.data_identity, len(self.history)]).encode()
+        history = np.array(self.history, float).reshape(-1, 3)
         with whole_file(path) as file:
-            np.savez(file, **self.arrays())
+            np.savez(file, about=np.array(about, "S32768"), **self._arrays(history))
 
     @classmethod
     def load(cls, path: Path) -> "Run":
         """The run that `save` wrote; an InputError if the file is anything else."""
-        about = read_arrays(path, {"about": np.zeros((), "S32768")})["about"].item()
+        about = np.zeros((), "S32768")
+        fill_arrays(path, {"about": about})
         with blaming(path):
-            texts, data_identity, epochs_done = json.loads(about)
+            texts, data_identity, epochs_done = json.loads(about.item())
             settings = Settings(*(parse_setting(o, texts[o.name]) for o in fields(Settings)))
             if epochs_done not in range(settings.epochs + 1):
                 raise ValueError(f"{epochs_done} epochs done of {settings.epochs}")
-            run = cls(settings, str(data_identity), int(epochs_done))
-        arrays = list(read_arrays(path, run.arrays()).values())
-        layers = len(run.velocity)
-        run.history = arrays[1].tolist()
-        run.model.weights, run.velocity = arrays[2 : 2 + layers], arrays[2 + layers :]
+            history = np.zeros((int(epochs_done), 3))
+            run = cls(settings, str(data_identity))
+        fill_arrays(path, run._arrays(history))
+        run.history = history.tolist()
         return run
 
 
-class Interruption:
-    """Makes SIGINT (Ctrl-C) and SIGTERM an orderly end.
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """The numbers of the SIGINT (Ctrl-C) and SIGTERM that arrive; the second leaves at once."""
+    noted = []
 
-    While `training`, the first one is but noted in `signal`, for the training loop to see after
-    its mini-batch. A second one, or one at any other time, leaves at once.
-    """
-
-    training, signal = False, 0
-
-    def __enter__(self) -> "Interruption":
-        self.previous = {n: signal.signal(n, self) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self.signal or not self.training:
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        if len(noted) > 1:
             raise SystemExit(128 + number)
-        self.signal = number
 
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self.previous.items():
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
@@ -548,40 +497,45 @@ def append_line(log: Path, line: str) -> None:
     tqdm.write(line)
 
 
-def train(run: Run, data: Data, interruption: Interruption, log: Path, checkpoint: Path) -> None:
-    """Train to the last epoch or an interruption, with a log line and a checkpoint per epoch.
+def train(run: Run, data: Data, log: Path, checkpoint: Path) -> int:
+    """Train to the last epoch, with a log line and a checkpoint after each.
+
+    Returns 0, or the number of the signal that ended the training after its mini-batch.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     settings, n = run.settings, len(data.train_images)
-    steps = math.ceil(n / settings.batch_size)  # the last mini-batch may be smaller
+    starts = range(0, n, settings.batch_size)  # the last mini-batch may be smaller
     epochs = range(len(run.history) + 1, settings.epochs + 1)
     done = {"initial": len(run.history), "total": settings.epochs}
     bar = tqdm(epochs, **done, unit="epoch", file=sys.stdout, disable=None)  # None: not in a pipe
-    for epoch in bar:
-        start, total = time.perf_counter(), 0.0
-        order = np.random.default_rng((settings.seed, epoch)).permutation(n)
-        for step in range(steps):
-            batch = data.train_images[order[step * settings.batch_size :][: settings.batch_size]]
-            lr = learning_rate((epoch - 1) * steps + step, settings.epochs * steps, settings.lr)
-            loss = sgd_step(run.model, run.velocity, batch, lr, settings.momentum)
-            total += loss * len(batch)
-            if interruption.signal:
-                return
-            if not math.isfinite(loss):
-                break
-        test_loss = mean_loss(run.model, data.test_images)
-        if not math.isfinite(total + test_loss):
-            raise FloatingPointError(
-                f"the loss is no longer finite in epoch {epoch}, step {step + 1}: start over with "
-                f"--overwrite and an --lr below {settings.lr} or a --momentum below "
-                f"{settings.momentum}"
-            )
-        run.history.append([total / n, test_loss, time.perf_counter() - start])
-        run.save(checkpoint)
-        append_line(log, epoch_line(epoch, *run.history[-1]))
-        bar.set_postfix_str(f"loss {total / n:.6f}, test loss {test_loss:.6f}")
+    with noted_signals() as signals:
+        for epoch in bar:
+            begin, total = time.perf_counter(), 0.0
+            order = np.random.default_rng((settings.seed, epoch)).permutation(n)
+            for step, start in enumerate(starts):
+                batch = data.train_images[order[start : start + settings.batch_size]]
+                steps_done, steps = (epoch - 1) * len(starts) + step, settings.epochs * len(starts)
+                lr = learning_rate(steps_done, steps, settings.lr)
+                loss = sgd_step(run.model, run.velocity, batch, lr, settings.momentum)
+                total += loss * len(batch)
+                if signals:
+                    return signals[0]
+                if not math.isfinite(loss):
+                    break
+            test_loss = mean_loss(run.model, data.test_images)
+            if not math.isfinite(total + test_loss):
+                raise FloatingPointError(
+                    f"the loss is no longer finite in epoch {epoch}, step {step + 1}: start over "
+                    f"with --overwrite and an --lr below {settings.lr} or a --momentum below "
+                    f"{settings.momentum}"
+                )
+            run.history.append([total / n, test_loss, time.perf_counter() - begin])
+            run.save(checkpoint)
+            append_line(log, epoch_line(epoch, *run.history[-1]))
+            bar.set_postfix_str(f"loss {total / n:.6f}, test loss {test_loss:.6f}")
+    return 0
 
 
 # ------------------------------------------------------------------------------------------ plots
@@ -619,12 +573,12 @@ def plot_losses(path: Path, history: list, pca_size: int, pca_loss: float, data:
     """Training and test loss by epoch, with the loss of PCA as a reference."""
     from matplotlib.ticker import LogLocator
 
-    epochs, marker = range(1, len(history) + 1), "o" if len(history) < 20 else ""
     train_losses, test_losses, _ = zip(*history, strict=True)
+    epochs, style = range(1, len(history) + 1), {"marker": "o" if len(history) < 20 else ""}
     with drawing(path, 8, 4.5, f"Reconstruction loss by epoch ({data})") as figure:
         axes = figure.subplots()
-        axes.semilogy(epochs, train_losses, color="#0072b2", marker=marker, label="training")
-        axes.semilogy(epochs, test_losses, "--", color="#d55e00", marker=marker, label="test")
+        axes.semilogy(epochs, train_losses, color="#0072b2", label="training", **style)
+        axes.semilogy(epochs, test_losses, "--", color="#d55e00", label="test", **style)
         reference = f"PCA with {pca_size} components, test"
         axes.axhline(pca_loss, color="black", linestyle=":", label=reference)
         axes.set(xlabel="epoch", ylabel="mean squared error per pixel")
@@ -641,15 +595,12 @@ def plot_latent_space(path: Path, codes: np.ndarray, labels: np.ndarray, data: s
 
     pca = PCA(2, svd_solver="full")
     points = pca.fit_transform(codes)
-    shares = [
-        f"component {i} ({r:.1%} of variance)"
-        for i, r in enumerate(pca.explained_variance_ratio_, 1)
-    ]
-    with drawing(
-        path, 8, 7, f"Codes of the test images, PCA from 128 to 2 dimensions ({data})"
-    ) as figure:
+    title = f"Codes of the test images, PCA from 128 to 2 dimensions ({data})"
+    with drawing(path, 8, 7, title) as figure:
         axes = figure.subplots()
-        axes.set(xlabel=shares[0], ylabel=shares[1])
+        first, second = pca.explained_variance_ratio_
+        axes.set_xlabel(f"component 1 ({first:.1%} of variance)")
+        axes.set_ylabel(f"component 2 ({second:.1%} of variance)")
         for digit in np.unique(labels):
             cluster = points[labels == digit]
             axes.scatter(*cluster.T, s=4, alpha=0.4, color=f"C{digit}", label=str(digit))
@@ -662,17 +613,18 @@ def plot_latent_space(path: Path, codes: np.ndarray, labels: np.ndarray, data: s
 
 def plot_reconstructions(path: Path, model: Autoencoder, data: Data, name: str) -> None:
     """For every digit a test image, its reconstruction and the error of each pixel."""
-    digits, rows = np.unique(data.test_labels, return_index=True)
-    originals, outputs = scaled(data.test_images[rows]), model.reconstruct(data.test_images[rows])
+    digits, chosen = np.unique(data.test_labels, return_index=True)
+    originals = scaled(data.test_images[chosen])
+    outputs = model.reconstruct(data.test_images[chosen])
     errors = np.abs(outputs - originals)
-    with drawing(
-        path, 10, 4, f"Test images and what is left of them after the code ({name})"
-    ) as figure:
+    title = f"Test images and what is left of them after the code ({name})"
+    with drawing(path, 10, 4, title) as figure:
         axes = figure.subplots(3, len(digits), squeeze=False)
-        for row, (label, images, colours, top) in enumerate(
-            (("original", originals, "gray", 1), ("reconstruction", outputs, "gray", 1),
-             ("absolute error", errors, "magma", errors.max()))
-        ):  # fmt: skip
+        for row, label, images, colours, top in (
+            (0, "original", originals, "gray", 1),
+            (1, "reconstruction", outputs, "gray", 1),
+            (2, "absolute error", errors, "magma", errors.max()),
+        ):
             axes[row, 0].set_ylabel(label)
             for cell, image in zip(axes[row], images, strict=True):
                 cell.set(xticks=[], yticks=[])
@@ -711,12 +663,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[dict[str, Any], bool, bool]
 
 def open_run(given: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Run, Data]:
     """A new run or that of the checkpoint, with its data; an InputError if that can't be."""
-    settings = Settings(**given)
+    settings, earlier = Settings(**given), None
     checkpoint = settings.output_dir / "checkpoint.npz"
-    try:
-        earlier = Run.load(checkpoint) if checkpoint.exists() and not overwrite else None
-    except InputError as error:
-        raise InputError(f"{error} (--overwrite starts a new run)") from error
+    if checkpoint.exists() and not overwrite:
+        try:
+            earlier = Run.load(checkpoint)
+        except InputError as error:
+            raise InputError(f"{error} (--overwrite starts a new run)") from error
     if resume:
         if not earlier:
             raise InputError(f"there is no {checkpoint} to resume: leave --resume out")
@@ -734,10 +687,11 @@ def open_run(given: dict[str, Any], resume: bool, overwrite: bool) -> tuple[Run,
         )
     data = load_data(settings.dataset, settings.data_dir)
     settings = replace(settings, dataset=data.name, data_dir=settings.data_dir.resolve())
-    identity = data.identity()
-    if resume and identity != earlier.data_identity:
-        raise InputError(f"the data are {identity}, those of {checkpoint} {earlier.data_identity}")
-    run = earlier if resume else Run(settings, identity)
+    run = earlier if resume else Run(settings, data.identity)
+    if run.data_identity != data.identity:
+        raise InputError(
+            f"the data are {data.identity}, but those of {checkpoint} {run.data_identity}"
+        )
     run.settings = settings
     return run, data
 
@@ -748,23 +702,39 @@ def log_header(run: Run, threads: int) -> list[str]:
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return [
         f"# {'-'.join(map(str, LAYER_SIZES))} autoencoder, mini-batch SGD with momentum in NumPy",
-        "# settings: " + ", ".join(f"{k} {v}" for k, v in values.items()),
+        f"# settings: {', '.join(f'{k} {v}' for k, v in values.items())}",
         f"# data: {run.data_identity}",
         f"# Python {platform.python_version()}, NumPy {np.__version__}, {blas['name']} "
         f"{blas['version']} with {threads} threads",
     ]
 
 
-def execute(given: dict[str, Any], resume: bool, overwrite: bool, stop: Interruption) -> int:
-    """Train, or go on training, then draw the plots and save the model; returns the exit status."""
-    run, data = open_run(given, resume, overwrite)
+def finish(run: Run, data: Data, log: Path) -> None:
+    """Compare with PCA, draw the plots, save the model and say where all of it is."""
+    pca_size, pca_loss = pca_baseline(data)
+    ratio = run.history[-1][1] / pca_loss
+    if len(run.history) == run.settings.epochs:
+        verdict = f"{1 / ratio:.2f} times lower" if ratio < 1 else f"{ratio:.2f} times higher"
+        found = f"PCA with {pca_size} components: Test Loss {pca_loss:.6f}"
+        append_line(log, f"# {found}; the autoencoder's is {verdict}")
+    title = {"mnist": "MNIST", "sample": "a sample of 5,000 MNIST digits"}[data.name]
+    plots, model = log.with_name("plots"), log.with_name("model.npz")
+    plot_losses(plots / "loss_curve.png", run.history, pca_size, pca_loss, title)
+    codes = run.model.encode(data.test_images)
+    plot_latent_space(plots / "latent_space.png", codes, data.test_labels, title)
+    plot_reconstructions(plots / "reconstructions.png", run.model, data, title)
+    run.model.save(model)
+    print(f"log: {log}\nplots: {plots}\nmodel: {model}")
+
+
+def execute(run: Run, data: Data) -> int:
+    """Train, or go on training, and finish; returns the exit status."""
     output = run.settings.output_dir
     log, checkpoint = output / "training_log.txt", output / "checkpoint.npz"
     output.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(output).free < DISK_NEEDED:
         raise OSError(f"{output} has less than {DISK_NEEDED // 10**6} MB of free space")
-    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
-    threads = min([run.settings.blas_threads, *(each["num_threads"] for each in libraries)])
+    threads = min([run.settings.blas_threads, *(pool["num_threads"] for pool in threadpool_info())])
     lines = log_header(run, threads)
     lines += [epoch_line(epoch, *row) for epoch, row in enumerate(run.history, 1)]
     with whole_file(log) as file:
@@ -773,54 +743,34 @@ def execute(given: dict[str, Any], resume: bool, overwrite: bool, stop: Interrup
     if len(run.history) == run.settings.epochs:
         print("this run is finished already; drawing its plots again")
     run.save(checkpoint)
-
-    stop.training = True
     with threadpool_limits(threads, "blas"), np.errstate(all="ignore"):  # the loss will tell
-        train(run, data, stop, log, checkpoint)
-    stop.training = False
-    finished = len(run.history) == run.settings.epochs
+        stopped = train(run, data, log, checkpoint)
     if run.history:
-        pca_size, pca_loss = pca_baseline(data)
-        ratio = run.history[-1][1] / pca_loss
-        if finished:
-            verdict = f"{1 / ratio:.2f} times lower" if ratio < 1 else f"{ratio:.2f} times higher"
-            append_line(
-                log,
-                f"# PCA with {pca_size} components: Test Loss {pca_loss:.6f}; "
-                f"the autoencoder's is {verdict}",
-            )
-        title = {"mnist": "MNIST", "sample": "a sample of 5,000 MNIST digits"}[data.name]
-        plots = output / "plots"
-        plot_losses(plots / "loss_curve.png", run.history, pca_size, pca_loss, title)
-        codes = run.model.encode(data.test_images)
-        plot_latent_space(plots / "latent_space.png", codes, data.test_labels, title)
-        plot_reconstructions(plots / "reconstructions.png", run.model, data, title)
-        run.model.save(output / "model.npz")
-        print(f"log: {log}\nplots: {plots}\nmodel: {output / 'model.npz'}")
-    if finished:
-        return 0
-    print(
-        f"stopped after {len(run.history)} of {run.settings.epochs} epochs; to go on, repeat the "
-        "command with --resume",
-        file=sys.stderr,
-    )
-    return 128 + stop.signal
+        finish(run, data, log)
+    if stopped:
+        print(
+            f"stopped after {len(run.history)} of {run.settings.epochs} epochs; to go on, repeat "
+            "the command with --resume",
+            file=sys.stderr,
+        )
+    return 128 + stopped if stopped else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 (disk, divergence), 2 (bad input) or 128 + signal."""
-    given, resume, overwrite = parse_arguments(argv)
-    with Interruption() as stop:
-        try:
-            return execute(given, resume, overwrite, stop)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except OSError as error:
-            print(f"error: {error}; check --output-dir, files so far are whole", file=sys.stderr)
-        except FloatingPointError as error:
-            print(f"error: {error}", file=sys.stderr)
-        return 1
+    arguments = parse_arguments(argv)
+    try:
+        return execute(*open_run(*arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; check --output-dir, files so far are whole", file=sys.stderr)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 1
 
 
 if __name__ == "__main__":

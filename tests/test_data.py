@@ -106,9 +106,9 @@ def test_images_and_labels_arrive_as_they_are_in_the_files(tmp_path):
 
 def test_identity_tells_data_sets_apart(tmp_path):
     sets = [write_idx(tmp_path / str(n), seed=n).parent.parent for n in range(2)]
-    first, second = (script.load_data("mnist", root).identity() for root in sets)
+    first, second = (script.load_data("mnist", root).identity for root in sets)
     assert first != second
-    assert first == script.load_data("mnist", sets[0]).identity()
+    assert first == script.load_data("mnist", sets[0]).identity
     assert first.startswith("mnist, 50 training and 20 test images")
 
 

@@ -421,7 +421,6 @@ RUBBISH = {
     "lacks an array": lambda p: repack(p, weights_3=None),
     "wrong shape": lambda p: repack(p, weights_0=np.zeros((512, 784), np.float32)),
     "transposed": lambda p: repack(p, weights_0=np.zeros((785, 512), np.float32)),
-    "column-major": lambda p: repack(p, weights_0=np.zeros(W0, np.float32, "F")),
     "wrong dtype": lambda p: repack(p, weights_0=np.zeros(W0, np.float64)),
     "integers": lambda p: repack(p, weights_0=np.zeros(W0, np.int32)),
     "big-endian": lambda p: repack(p, weights_0=np.zeros(W0, ">f4")),
