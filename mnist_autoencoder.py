@@ -250,11 +250,6 @@ def fill_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
             array[...] = stored
 
 
-def by_layer(name: str, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Names for the arrays of all layers: name_0, name_1, ..."""
-    return {f"{name}_{layer}": array for layer, array in enumerate(arrays)}
-
-
 # ------------------------------------------------------------------------------------------ model
 
 
@@ -268,7 +263,9 @@ class Autoencoder:
         dtype: of everything; float64 serves to check the gradients.
 
     Attributes:
-        weights: W_l for l = 0 ... 5, shape (outputs, inputs + 1).
+        parameters: all that is trained, in one vector; weights: its parts, the matrices W_l for
+            l = 0 ... 5, shape (outputs, inputs + 1).
+        gradient: dloss/dparameters after `backward`; weight_gradients: its parts, dloss/dW_l.
         activations: [a_l; 1] for l = 0 ... 6, shape (size + 1, n), of the last n images. With
             images as columns, the matrix products of BLAS are faster than with rows.
         slopes: f_l'(z_l) for l = 0 ... 6, shape (size, n).
@@ -278,13 +275,18 @@ class Autoencoder:
         rng = np.random.default_rng(seed)
         self.layer_sizes, self.dtype = layer_sizes, np.dtype(dtype)
         self.code_layer = len(layer_sizes) // 2
-        self.weights = [np.zeros((outs, ins + 1), dtype) for ins, outs in pairwise(layer_sizes)]
+        self.parameters, self.weights = self._vector_and_parts()
+        self.gradient, self.weight_gradients = self._vector_and_parts()
         for weights, inputs in zip(self.weights, layer_sizes, strict=False):
             weights[:, :-1] = rng.normal(0, math.sqrt(2 / inputs), (len(weights), inputs))
-        # One memory for the gradients of all layers, used in turn, stays in the CPU's cache.
-        memory = np.empty(max(w.size for w in self.weights), dtype)
-        self._gradients = [memory[: w.size].reshape(w.shape) for w in self.weights]
         self._make_room(0)
+
+    def _vector_and_parts(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        shapes = [(outputs, inputs + 1) for inputs, outputs in pairwise(self.layer_sizes)]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])
+        vector = np.zeros(ends[-1], self.dtype)
+        parts = np.split(vector, ends[:-1])
+        return vector, [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _make_room(self, n: int) -> None:
         self.activations = [np.ones((size + 1, n), self.dtype) for size in self.layer_sizes]
@@ -308,7 +310,7 @@ class Autoencoder:
                     np.divide(1, 1 + np.exp(-z), out=z)
                 np.multiply(z, 1 - z, out=slope)
             elif layer != self.code_layer:
-                np.exp(np.minimum(z, 0), out=slope)
+                np.exp(np.clip(z, -80, 0), out=slope)  # in less time than with np.minimum(z, 0)
                 np.maximum(z, slope - 1, out=z)
         return self.activations[last][:-1].T
 
@@ -318,21 +320,19 @@ class Autoencoder:
         self._error = self.activations[-1][:-1] - self.activations[0][:-1]
         return float(np.vdot(self._error, self._error)) / self._error.size
 
-    def backward(self, scale: float = 1.0) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (l, scale * dloss/dW_l), from the last layer to the first, after `forward`.
+    def backward(self, scale: float = 1.0) -> np.ndarray:
+        """scale * dloss/dparameters, after `forward`, in memory that the next call overwrites.
 
-        A gradient is valid until the next one is asked for, and W_l may be changed by then. SGD
-        gives its learning rate as `scale`, since to scale d_6 is to scale all that follows.
+        SGD gives its learning rate as `scale`, since to scale d_6 is to scale all that follows.
         """
         delta = self._error * self.slopes[-1]
         delta *= self.dtype.type(2 * scale / delta.size)
         for layer in reversed(range(len(self.weights))):
-            gradient = self._gradients[layer]
-            np.matmul(delta, self.activations[layer].T, out=gradient)
+            np.matmul(delta, self.activations[layer].T, out=self.weight_gradients[layer])
             if layer > 0:
                 delta = self.weights[layer][:, :-1].T @ delta
                 delta *= self.slopes[layer]
-            yield layer, gradient
+        return self.gradient
 
     def _in_batches(self, inputs: np.ndarray, first: int, last: int) -> np.ndarray:
         starts = range(0, max(len(inputs), 1), 500)
@@ -371,15 +371,15 @@ class Autoencoder:
         return self.decode(self.encode(images))
 
     def save(self, path: str | Path) -> None:
-        """Write the weights to an .npz file, whole or not at all."""
+        """Write the parameters to an .npz file, whole or not at all."""
         with whole_file(Path(path)) as file:
-            np.savez(file, **by_layer("weights", self.weights))
+            np.savez(file, parameters=self.parameters)
 
     @classmethod
     def load(cls, path: str | Path) -> "Autoencoder":
         """The network that `save` wrote; a ValueError if the file is anything else."""
         model = cls()
-        fill_arrays(Path(path), by_layer("weights", model.weights))
+        fill_arrays(Path(path), {"parameters": model.parameters})
         return model
 
 
@@ -396,18 +396,17 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def sgd_step(
-    model: Autoencoder, velocity: list[np.ndarray], images: np.ndarray, lr: float, momentum: float
+    model: Autoencoder, velocity: np.ndarray, images: np.ndarray, lr: float, momentum: float
 ) -> float:
     """One step of SGD with momentum on a mini-batch; returns its loss before the step.
 
-    v <- momentum v - lr dloss/dW and W <- W + v, for every layer, v being zero at first
+    v <- momentum v - lr dloss/dparameters, parameters <- parameters + v, v being zero at first
     (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html).
     """
     loss = model.forward(images)
-    for layer, gradient in model.backward(scale=lr):
-        velocity[layer] *= momentum
-        velocity[layer] -= gradient
-        model.weights[layer] += velocity[layer]
+    velocity *= momentum
+    velocity -= model.backward(scale=lr)
+    model.parameters += velocity
     return loss
 
 
@@ -430,12 +429,12 @@ class Run:
     def __init__(self, settings: Settings, data_identity: str):
         self.settings, self.data_identity = settings, data_identity
         self.model = Autoencoder(settings.seed)
-        self.velocity = [np.zeros_like(weights) for weights in self.model.weights]
+        self.velocity = np.zeros_like(self.model.parameters)
         self.history: list[list[float]] = []
 
     def _arrays(self, history: np.ndarray) -> dict[str, np.ndarray]:
-        layers = by_layer("weights", self.model.weights) | by_layer("velocity", self.velocity)
-        return {"history": history, **layers}
+        parameters = self.model.parameters
+        return {"history": history, "parameters": parameters, "velocity": self.velocity}
 
     def save(self, path: Path) -> None:
         """Replace the checkpoint by one of now."""

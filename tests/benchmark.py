@@ -46,7 +46,7 @@ def floating_point_operations(n):
 
 def script_step():
     model = script.Autoencoder(0)
-    velocity = [np.zeros_like(weights) for weights in model.weights]
+    velocity = np.zeros_like(model.parameters)
     return lambda images, lr=LR: script.sgd_step(model, velocity, images, lr, MOMENTUM)
 
 
@@ -252,12 +252,16 @@ def long_comparisons(data_dir):
             print(f"{meaning}, {name}: {seconds:.1f} s, epoch {epoch}")
         ratios = [theirs[0] / ours[0] for ours, theirs in zip(*turns.values(), strict=True)]
         print(f"{meaning}, PyTorch's time / ours: {statistics.median(ratios):.2f}", flush=True)
-    for count in (6_000, 60_000, 600_000):
-        seconds, _, memory = run_long(f"grow:{count}", data_dir)
-        micro = seconds / count * 1e6
+    counts = (6_000, 60_000, 600_000)
+    turns = [[run_long(f"grow:{count}", data_dir) for count in counts] for _ in range(3)]
+    for index, count in enumerate(counts):
+        times = [turn[index][0] / count for turn in turns]
+        growth = [turn[index][0] / count * 60_000 / turn[1][0] for turn in turns]
+        memory = max(turn[index][2] for turn in turns)
         print(
-            f"an epoch of {count} images: {seconds:.2f} s, {micro:.1f} us an image, "
-            f"peak memory {memory:.0f} MB above that of libraries and data",
+            f"an epoch of {count} images: {statistics.median(times) * 1e6:.1f} us an image, "
+            f"{statistics.median(growth):.2f} times that of 60000 in the same turn; peak memory "
+            f"{memory:.0f} MB above that of libraries and data",
             flush=True,
         )
 

@@ -52,8 +52,9 @@ def figures(log: Path) -> list[str]:
 
 
 def weights(npz: Path) -> dict[str, np.ndarray]:
+    """All that a model or checkpoint file holds, but for the history with its times."""
     with np.load(npz, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files if name.startswith("weights")}
+        return {name: arrays[name] for name in arrays.files if name in ("parameters", "velocity")}
 
 
 def same(first: dict, second: dict) -> bool:

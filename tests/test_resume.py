@@ -379,7 +379,7 @@ def about(path, change):
 
 def compressed(path):
     file = io.BytesIO()
-    np.savez_compressed(file, weights_0=np.zeros((4_000, 20_000), np.float32))
+    np.savez_compressed(file, parameters=np.zeros(80_000_000, np.float32))
     return file.getvalue()
 
 
@@ -389,7 +389,7 @@ def huge_header(path, shape):
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, "w") as new:
         for name in old.namelist():
             content = old.read(name)
-            if name == "weights_0.npy":
+            if name == "parameters.npy":
                 header = io.BytesIO()
                 description = {"descr": "<f4", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(header, description)
@@ -405,11 +405,11 @@ class Boom:
 
 def nan_in(shape):
     array = np.zeros(shape, np.float32)
-    array[-1, -1] = np.nan
+    array[-1] = np.nan
     return array
 
 
-W0 = (512, 785)
+SIZE = script.Autoencoder().parameters.size
 RUBBISH = {
     "empty": lambda p: b"",
     "text": lambda p: b"not a zip file\n" * 100,
@@ -417,19 +417,20 @@ RUBBISH = {
     "no end": lambda p: p.read_bytes()[:-30],
     "no start": lambda p: p.read_bytes()[1000:],
     "flipped data byte": lambda p: flip(p.read_bytes(), p.stat().st_size // 2),
-    "npy": lambda p: zipfile.ZipFile(p).read("weights_0.npy"),
-    "lacks an array": lambda p: repack(p, weights_3=None),
-    "wrong shape": lambda p: repack(p, weights_0=np.zeros((512, 784), np.float32)),
-    "transposed": lambda p: repack(p, weights_0=np.zeros((785, 512), np.float32)),
-    "wrong dtype": lambda p: repack(p, weights_0=np.zeros(W0, np.float64)),
-    "integers": lambda p: repack(p, weights_0=np.zeros(W0, np.int32)),
-    "big-endian": lambda p: repack(p, weights_0=np.zeros(W0, ">f4")),
-    "NaN": lambda p: repack(p, weights_0=nan_in(W0)),
-    "infinity": lambda p: repack(p, weights_0=np.full(W0, np.inf, np.float32)),
-    "pickle": lambda p: repack(p, weights_0=np.array([Boom()], object)),
+    "npy": lambda p: zipfile.ZipFile(p).read("parameters.npy"),
+    "lacks an array": lambda p: repack(p, parameters=None),
+    "too short": lambda p: repack(p, parameters=np.zeros(SIZE - 1, np.float32)),
+    "too long": lambda p: repack(p, parameters=np.zeros(SIZE + 1, np.float32)),
+    "wrong shape": lambda p: repack(p, parameters=np.zeros((1, SIZE), np.float32)),
+    "wrong dtype": lambda p: repack(p, parameters=np.zeros(SIZE, np.float64)),
+    "integers": lambda p: repack(p, parameters=np.zeros(SIZE, np.int32)),
+    "big-endian": lambda p: repack(p, parameters=np.zeros(SIZE, ">f4")),
+    "NaN": lambda p: repack(p, parameters=nan_in(SIZE)),
+    "infinity": lambda p: repack(p, parameters=np.full(SIZE, np.inf, np.float32)),
+    "pickle": lambda p: repack(p, parameters=np.array([Boom()], object)),
     "huge array": compressed,
     "huge header": lambda p: huge_header(p, (10**6, 10**6)),
-    "negative header": lambda p: huge_header(p, (-512, 785)),
+    "negative header": lambda p: huge_header(p, (-SIZE,)),
     "no header": lambda p: huge_header(p, ()),
 }
 ABOUT = {
@@ -448,7 +449,7 @@ CHECKPOINT_RUBBISH = {
     "about is no JSON": lambda p: repack(p, about=np.array(b"{", "S32768")),
     "about nests deeply": lambda p: repack(p, about=np.array(b"[" * 32768, "S32768")),
     "about is another JSON": lambda p: repack(p, about=np.array(b"3", "S32768")),
-    "NaN in velocity": lambda p: repack(p, velocity_0=nan_in(W0)),
+    "NaN in velocity": lambda p: repack(p, velocity=nan_in(SIZE)),
     "history too long": lambda p: repack(p, history=np.zeros((3, 3))),
 }
 
