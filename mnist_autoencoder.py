@@ -11,25 +11,9 @@
 trains a 784-512-256-128-256-512-784 network to press each 28x28 digit into a code of 128 numbers
 and to draw the digit again from its code: after 100 epochs with a mean squared error of 0.0010 on
 the training and 0.0012 on the test images, where PCA, the best linear code of that size, has
-0.0042. Forward pass, backpropagation and mini-batch SGD are written out below; torchvision only
-reads the images, scikit-learn computes the PCA, matplotlib draws.
-
-The n images of a mini-batch are the columns of a matrix x, shape (784, n). [a; 1] is a with a row
-of ones below it, so that the last column of a weight matrix W_l holds the biases of its layer.
-Forward pass, for l = 0 ... 5, from a_0 = x:
-
-    z_(l+1) = W_l [a_l; 1]
-    a_(l+1) = f_(l+1)(z_(l+1))
-    loss    = sum of (a_6 - x)^2 / (784 n)
-
-with f = elu(z) = max(z, exp(min(z, 0)) - 1) (Clevert et al. 2016, arxiv.org/abs/1511.07289), but
-the code is linear, f_3(z) = z, and the output is a sigmoid, f_6(z) = 1 / (1 + exp(-z)). Backward
-pass by the chain rule, with d_l for dloss/dz_l, V_l for W_l without its last column, * for the
-elementwise product and the slopes elu'(z) = exp(min(z, 0)), f_3' = 1 and f_6' = f_6 (1 - f_6):
-
-    d_6        = 2 (a_6 - x) / (784 n) * f_6'(z_6)
-    dloss/dW_l = d_(l+1) [a_l; 1]^T
-    d_l        = V_l^T d_(l+1) * f_l'(z_l)
+0.0042. Forward pass, backpropagation and mini-batch SGD are written out below, the mathematics in
+the docstrings of Autoencoder and its method backward; torchvision only reads the images,
+scikit-learn computes the PCA, matplotlib draws.
 """
 
 import argparse
@@ -254,7 +238,18 @@ def fill_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 class Autoencoder:
-    """The network, its forward and its backward pass, as in the docstring above.
+    """The network, its forward and its backward pass.
+
+    The n images of a mini-batch are the columns of a matrix x, shape (784, n). [a; 1] is a with a
+    row of ones below it, so that the last column of a weight matrix W_l holds the biases of its
+    layer. Forward pass, from a_0 = x, for l = 0 ... 5:
+
+        z_(l+1) = W_l [a_l; 1]
+        a_(l+1) = f_(l+1)(z_(l+1))
+        loss    = sum of (a_6 - x)^2 / (784 n)
+
+    with f_l = elu(z) = max(z, exp(min(z, 0)) - 1) (Clevert et al. 2016, arxiv.org/abs/1511.07289),
+    but f_3(z) = z, the code being linear, and f_6(z) = 1 / (1 + exp(-z)), the sigmoid.
 
     Args:
         seed: of the initial weights, normal with variance 2 / inputs (He et al. 2015,
@@ -303,7 +298,7 @@ class Autoencoder:
         scale = self.dtype.type(1 / 255 if inputs.dtype == np.uint8 else 1)
         np.multiply(inputs.T, scale, out=self.activations[first][:-1])
         for layer in range(first + 1, last + 1):
-            z, slope = self.activations[layer][:-1], self.slopes[layer]
+            z, slope = self.activations[layer][:-1], self.slopes[layer]  # z becomes a in place
             np.matmul(self.weights[layer - 1], self.activations[layer - 1], out=z)
             if layer == len(self.weights):
                 with np.errstate(over="ignore"):  # 1 / (1 + inf) = 0 is right
@@ -322,6 +317,13 @@ class Autoencoder:
 
     def backward(self, scale: float = 1.0) -> np.ndarray:
         """scale * dloss/dparameters, after `forward`, in memory that the next call overwrites.
+
+        By the chain rule, with d_l for dloss/dz_l, V_l for W_l without its last column, * for the
+        elementwise product and elu'(z) = exp(min(z, 0)), f_3'(z) = 1, f_6'(z) = a_6 * (1 - a_6):
+
+            d_6        = 2 (a_6 - x) / (784 n) * f_6'(z_6)
+            dloss/dW_l = d_(l+1) [a_l; 1]^T
+            d_l        = V_l^T d_(l+1) * f_l'(z_l)
 
         SGD gives its learning rate as `scale`, since to scale d_6 is to scale all that follows.
         """
