@@ -183,15 +183,16 @@ def steps(monkeypatch):
 def test_every_epoch_uses_every_image_once_and_in_another_order(tmp_path, steps):
     write_idx(tmp_path, 50, 20)
     arguments = ("--data-dir", tmp_path, "--output-dir", tmp_path / "out", "--lr", 0.1)
-    assert call(*arguments, "--epochs", 3, "--batch-size", 16).status == 0
+    for seed in (0, 1):
+        assert call(*arguments, "--epochs", 3, "--batch-size", 16, "--seed", seed).status == 0
     seen = [images for _, _, images, _, _ in steps]
-    assert [len(batch) for batch in seen] == [16, 16, 16, 2] * 3
-    epochs = [np.concatenate(seen[start : start + 4]) for start in (0, 4, 8)]
+    assert [len(batch) for batch in seen] == [16, 16, 16, 2] * 6
+    epochs = [np.concatenate(seen[start : start + 4]) for start in range(0, 24, 4)]
     images = script.load_data("mnist", tmp_path).train_images
     for epoch in epochs:
         assert sorted(map(bytes, epoch)) == sorted(map(bytes, images))
     orders = [images.tobytes(), *(epoch.tobytes() for epoch in epochs)]
-    assert len(set(orders)) == 4
+    assert len(set(orders)) == 7
 
 
 def test_learning_rate_follows_the_schedule_over_the_whole_run(tmp_path, steps):
