@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -57,15 +58,16 @@ def interrupted(small, stopped, tmp_path):
     return [*small[0], "--output-dir", out], out
 
 
-def stop_at(monkeypatch, step, arguments, number=signal.SIGINT):
-    """Call main, with a signal during the given step of it."""
+def stop_at(monkeypatch, step, arguments, number=signal.SIGINT, times=1):
+    """Call main, with a signal, or several, during the given step of it."""
     sgd_step, count = script.sgd_step, 0
 
     def signalling(*rest):
         nonlocal count
         count += 1
         if count == step:
-            os.kill(os.getpid(), number)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
         return sgd_step(*rest)
 
     with monkeypatch.context() as patch:
@@ -125,6 +127,16 @@ def test_second_signal_leaves_at_once_with_whole_files(small, tmp_path, monkeypa
         "training_log.txt",
     ]
     monkeypatch.undo()
+    assert call(*arguments, "--resume").status == 0
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_second_signal_within_a_mini_batch_leaves_at_once(small, tmp_path, monkeypatch):
+    arguments, whole = small
+    arguments = [*arguments, "--output-dir", tmp_path]
+    result = stop_at(monkeypatch, 9, arguments, signal.SIGTERM, times=2)
+    assert result.status == 143 and not result.err
+    assert sorted(snapshot(tmp_path)) == ["checkpoint.npz", "training_log.txt"]
     assert call(*arguments, "--resume").status == 0
     assert_equal_runs(tmp_path, whole)
 
@@ -479,6 +491,17 @@ def test_bad_model_is_a_value_error_that_names_it(small, tmp_path, kind):
     with pytest.raises(ValueError, match="model.npz can't be used: ."):
         script.Autoencoder.load(path)
     assert not Path("pickle-was-run").exists()
+
+
+def test_small_file_that_unpacks_to_much_is_refused_unread(tmp_path):
+    path = tmp_path / "model.npz"
+    path.write_bytes(compressed(path))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="bytes"):
+        script.Autoencoder.load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40_000_000  # a tenth of what the file declares
 
 
 def test_missing_model_is_a_file_not_found_error(tmp_path):
