@@ -7,6 +7,7 @@ which a file is written. After every kill each file must be absent or readable, 
 weights and log figures must be those of a run that was never interrupted, bit for bit.
 """
 
+import math
 import os
 import random
 import signal
@@ -53,10 +54,12 @@ def run(arguments, rng=None, duration=0.0):
         if rng and duration == 0:
             die_at(rng)
         os._exit(script.main(arguments))
-    if duration:
-        time.sleep(duration)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    end = time.monotonic() + duration if duration else math.inf
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def check_files(directory):
