@@ -508,6 +508,7 @@ def train(run: Run, data: Data, log: Path, checkpoint: Path) -> int:
     """
     settings, n = run.settings, len(data.train_images)
     starts = range(0, n, settings.batch_size)  # the last mini-batch may be smaller
+    steps = settings.epochs * len(starts)
     epochs = range(len(run.history) + 1, settings.epochs + 1)
     done = {"initial": len(run.history), "total": settings.epochs}
     bar = tqdm(epochs, **done, unit="epoch", file=sys.stdout, disable=None)  # None: not in a pipe
@@ -517,8 +518,7 @@ def train(run: Run, data: Data, log: Path, checkpoint: Path) -> int:
             order = np.random.default_rng((settings.seed, epoch)).permutation(n)
             for step, start in enumerate(starts):
                 batch = data.train_images[order[start : start + settings.batch_size]]
-                steps_done, steps = (epoch - 1) * len(starts) + step, settings.epochs * len(starts)
-                lr = learning_rate(steps_done, steps, settings.lr)
+                lr = learning_rate((epoch - 1) * len(starts) + step, steps, settings.lr)
                 loss = sgd_step(run.model, run.velocity, batch, lr, settings.momentum)
                 total += loss * len(batch)
                 if signals:

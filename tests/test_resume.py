@@ -501,7 +501,7 @@ def test_small_file_that_unpacks_to_much_is_refused_unread(tmp_path):
         script.Autoencoder.load(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 40_000_000  # a tenth of what the file declares
+    assert peak < 40_000_000  # an eighth of what the file declares
 
 
 def test_missing_model_is_a_file_not_found_error(tmp_path):
