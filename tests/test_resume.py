@@ -186,12 +186,12 @@ def full_disk(original, at):
     return maybe
 
 
-@pytest.mark.parametrize("function", ["open", "replace"])
+@pytest.mark.parametrize("function", ["write_bytes", "replace"])
 @pytest.mark.parametrize("at", [1, 2, 5, 6, 9, 11, 13])
 def test_any_write_may_fail_and_nothing_is_lost(small, tmp_path, monkeypatch, function, at):
     """Model and log after each of four epochs and at the end, then three plots."""
     arguments, whole = [*small[0], "--output-dir", tmp_path], small[1]
-    owner = {"open": Path, "replace": os}[function]
+    owner = {"write_bytes": Path, "replace": os}[function]
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, full_disk(getattr(owner, function), at))
         result = call(*arguments)
