@@ -197,9 +197,9 @@ def show(name, rows):
 
 def race(data_dir):
     ratios = []
-    for _ in range(3):
+    for epochs, target in ((60, TARGET), (60, TARGET), (100, 0)):
         ours = answer("race", data_dir, "ours", 10, 0)
-        usual = answer("race", data_dir, "usual", 60, TARGET)
+        usual = answer("race", data_dir, "usual", epochs, target)
         fit = sum(row[2] <= ours[-1][2] for row in usual)  # epochs in the time of our ten
         own, other = show("ours", ours), show("usual", usual)
         show("usual, in our time", usual[:fit])
@@ -207,9 +207,8 @@ def race(data_dir):
         cosine = show("cosine over 20 epochs", answer("race", data_dir, "cosine", 20, 0))
         ratios.append([other / own, cosine / own, usual[9][2] / ours[9][2]])
     print("usual, cosine, ten epochs / ours:", np.median(ratios, axis=0).round(2), flush=True)
-    rows = answer("race", data_dir, "usual", 100, 0)
     for count in (10, 20, 100):
-        show("usual", rows[:count])
+        show("usual", usual[:count])
 
 
 def growth_worker(data_dir, count):
