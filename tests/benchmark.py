@@ -86,7 +86,8 @@ def contender(name, images):
     from sklearn.neural_network import MLPRegressor
 
     settings = {"solver": "sgd", "alpha": DECAY, "batch_size": 128, "momentum": MOMENTUM}
-    network = MLPRegressor(script.LAYER_SIZES[1:-1], learning_rate_init=0.01, **settings)
+    settings["hidden_layer_sizes"] = script.LAYER_SIZES[1:-1]
+    network = MLPRegressor(learning_rate_init=0.01, **settings)
     return lambda batch: network.partial_fit(*[script.scaled(batch)] * 2).loss_
 
 
@@ -189,7 +190,7 @@ def race_worker(data_dir, name, epochs, target):
 
 def show(name, rows):
     """Print the last epoch; return the seconds until an epoch's training loss was <= TARGET."""
-    reached = next((seconds for loss, _, seconds in rows if loss <= TARGET), float("nan"))
+    reached = next((seconds for loss, _, seconds in rows if loss <= TARGET), np.inf)
     text = "epoch {:3}, {:.6f} / {:.6f}, {:5.1f} s".format(len(rows), *rows[-1])
     print(f"{name:32}{text}, {TARGET} after {reached:.1f} s", flush=True)
     return reached
