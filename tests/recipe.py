@@ -14,7 +14,7 @@ import numpy as np
 SCRIPT = Path(__file__).resolve().parent.parent / "mnist_autoencoder.py"
 LEFT_OUT = {
     "nothing": (),
-    "Nesterov's look-ahead": ("lr * (g + v)", 'lr * v / run.settings["momentum"]'),
+    "Nesterov's look-ahead": ("-= lr * (g + v)", '-= lr * v / run.settings["momentum"]'),
     "momentum 0.98 (0.9)": ('["momentum"]', '["momentum"] * 0.9 / 0.98'),
     "centred input": ("[images - self.mean_image]", "[images]"),
     "output weights at zero (He's)": ("in self.weights[:-1]:", "in self.weights:"),
