@@ -35,11 +35,8 @@ def final_losses(source, dataset, data_dir, epochs):
     model = module.Autoencoder(images.mean(axis=0) / 255)
     settings = {"epochs": epochs, "batch_size": 128, "lr": 15.0, "momentum": 0.98, "seed": 0}
     run = module.Run(settings, model, np.zeros_like(model.parameters), [])
-    try:
-        for _ in module.train(run, images, test_images, 0.0675):
-            pass
-    except FloatingPointError:
-        return "dead"
+    for _ in module.train(run, images, test_images, 1.0):
+        pass
     return "{:.5f} / {:.5f}".format(*run.history[-1][:2])
 
 
