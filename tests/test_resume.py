@@ -68,7 +68,8 @@ def test_ctrl_c_keeps_the_whole_epochs_and_resume_ends_like_an_unbroken_run(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a console's Ctrl-C can't be sent to one child")
 def test_ctrl_c_as_the_user_presses_it(tmp_path):
-    process = start("--dataset", "sample", "--output-dir", tmp_path)
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # as in a shell
+    process = start("--dataset", "sample", "--output-dir", tmp_path, **options)
     for line in process.stdout:
         if line.startswith("Epoch 2,"):
             process.send_signal(signal.SIGINT)
