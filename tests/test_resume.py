@@ -265,7 +265,7 @@ RUBBISH = {
 }
 RUN_RUBBISH = {
     **RUBBISH,
-    "flipped bit in a header": lambda content: content.replace(b"(1132944,)", b"(1132940,)"),
+    "flipped bit of a shape": lambda content: b"(1132940,)".join(content.rsplit(b"(1132944,)", 1)),
     "flipped velocity": lambda content: flip(content, len(content) * 3 // 4),
     "no velocity": lambda content: repack(content, velocity=None),
     "no history": lambda content: repack(content, history=None),
