@@ -242,7 +242,7 @@ def write_whole(path: Path, write: Callable) -> None:
     """Let write(file) write beside `path`, then move it there: `path` is old or new, but whole."""
     content, partial = io.BytesIO(), path.with_name(f".{path.name}.partial")
     write(content)
-    partial.write_bytes(content.getbuffer())
+    partial.write_bytes(content.getvalue())
     os.replace(partial, path)
 
 
