@@ -1,4 +1,4 @@
-"""What several test files share: small data sets, runs of the script, the place of all of MNIST."""
+"""Shared by the test files: small data sets, runs of the script and the place of all of MNIST."""
 
 import contextlib
 import io
@@ -19,19 +19,19 @@ sys.path.insert(0, str(ROOT))
 
 import mnist_autoencoder as script  # noqa: E402
 
-NAMES = [
-    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-]
+NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]
+NAMES += ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 EPOCH = re.compile(r"Epoch (\d+), Loss: (\d\.\d{6}), Test Loss: (\d\.\d{6}), Time: \d+\.\ds")
 
 
 def write_idx(root, train=50, test=20, seed=0):
-    """Write random digits in MNIST's layout below root; returns the folder of the files."""
+    """Write random images of rank 4 in MNIST's layout below root; return the files' folder."""
     rng = np.random.default_rng(seed)
+    patterns = np.random.default_rng(0).random((4, 784))
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", train), ("t10k", test)):
-        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        images = (rng.random((count, 4)) @ patterns * 63).astype(np.uint8)
         labels = (np.arange(count) % 10).astype(np.uint8)
         header = struct.pack(">4i", 2051, count, 28, 28)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
@@ -52,20 +52,48 @@ def call(*arguments):
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), lines=lines)
 
 
+def assert_fails(result, status, *texts):
+    """That a call has ended with this status and one line, which contains the texts."""
+    assert (result.status, len(result.lines)) == (status, 1), result.err
+    assert result.err.startswith("error: ")
+    for text in texts:
+        assert str(text) in result.err
+
+
+def fail_for(monkeypatch, owner, name, path, error):
+    """Make a function fail if its first argument is a path.
+
+    This stands in for a lack of permission or memory, since tests may run as root on a machine
+    that has enough.
+    """
+    original = getattr(owner, name)
+
+    def failing(first, *rest, **options):
+        if str(first) == str(path):
+            raise error
+        return original(first, *rest, **options)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
 def start(*arguments, **options):
     """The script in a process of its own, as the user starts it."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], **options)
 
 
+def read_log(directory):
+    return (directory / "training_log.txt").read_text()
+
+
 def result_of(directory):
-    """All that a run has ended with, but for the times, which no two runs share."""
-    epochs = [match[:3] for match in EPOCH.findall((directory / "training_log.txt").read_text())]
-    with np.load(directory / "model.npz", allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    losses = arrays.pop("history")[:, :2]
-    assert epochs == [(f"{n}", f"{a:.6f}", f"{b:.6f}") for n, (a, b) in enumerate(losses, 1)]
-    return {"losses": losses.tobytes(), **{name: a.tobytes() for name, a in arrays.items()}}
+    """The final state of a run, without the times, in which no two runs agree."""
+    run = script.load_run(directory / "model.npz")
+    assert read_log(directory) == run.log
+    rows = [(f"{n}", f"{a:.6f}", f"{b:.6f}") for n, (a, b) in enumerate(run.losses, 1)]
+    assert EPOCH.findall(run.log) == rows
+    arrays = (run.model.parameters, run.model.mean_image, run.velocity)
+    return (run.settings, run.data, run.losses, *(array.tobytes() for array in arrays))
 
 
 def snapshot(directory):
@@ -76,13 +104,13 @@ def snapshot(directory):
 
 @pytest.fixture(scope="session")
 def sample():
-    """What load_data says of the sample: identity, images, test images, labels."""
+    """The sample of MNIST as a Dataset."""
     return script.load_data("sample", ROOT)
 
 
 @pytest.fixture(scope="session")
 def sample_run(tmp_path_factory):
-    """Five epochs on the sample; tests read the directory and leave it as it is."""
+    """A run of five epochs on the sample. Tests only read its directory."""
     directory = tmp_path_factory.mktemp("sample_run")
     result = call("--dataset", "sample", "--epochs", 5, "--output-dir", directory)
     assert result.status == 0, result.err
@@ -91,7 +119,7 @@ def sample_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """Arguments of a run of four epochs on 50 images, and the directory of one that was whole."""
+    """The arguments of a run of four epochs on 50 images, and the directory of a finished one."""
     directory = tmp_path_factory.mktemp("small")
     write_idx(directory)
     arguments = ["--data-dir", directory, "--batch-size", 16, "--epochs", 4]

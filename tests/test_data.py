@@ -1,9 +1,11 @@
-"""Reading MNIST: damaged files, downloads that fail in every way, the sample as a fallback."""
+"""Reading MNIST: its files in every state, failing downloads, and the sample as a fallback."""
 
+import builtins
 import contextlib
 import gzip
 import hashlib
 import http.server
+import os
 import socket
 import threading
 import time
@@ -11,10 +13,208 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import NAMES, call, script, snapshot, write_idx
+import torch
+from conftest import NAMES, assert_fails, call, fail_for, read_log, script, snapshot, write_idx
 from torchvision import datasets
 
-FAULTS = ["503", "reset", "checksum", "silent", "stalls"]
+
+def assert_same_as_files(dataset, raw):
+    assert dataset.images.tobytes() == (raw / NAMES[0]).read_bytes()[16:]
+    assert dataset.test_images.tobytes() == (raw / NAMES[2]).read_bytes()[16:]
+    assert dataset.test_labels.tobytes() == (raw / NAMES[3]).read_bytes()[8:]
+
+
+def compress(raw, names=NAMES, change=bytes):
+    """Replace files by .gz archives of their changed content."""
+    for name in names:
+        (raw / f"{name}.gz").write_bytes(gzip.compress(change((raw / name).read_bytes())))
+        (raw / name).unlink()
+
+
+def test_sample_is_4000_and_1000_digits_of_all_classes_in_equal_parts(sample):
+    counts = "4000 training and 1000 test images"
+    assert sample.description.startswith(f"a sample of MNIST, {counts}, sha256 ")
+    images, test_images, labels = sample.images, sample.test_images, sample.test_labels
+    assert (images.shape, test_images.shape) == ((4000, 784), (1000, 784))
+    assert images.dtype == test_images.dtype == labels.dtype == np.uint8
+    assert Counter(labels.tolist()) == dict.fromkeys(range(10), 100)
+    assert len(np.unique(np.concatenate([images, test_images]), axis=0)) == 5000
+
+
+def test_sample_is_part_of_mnists_training_images(mnist_dir, sample):
+    mnist = {image.tobytes() for image in script.load_data("mnist", mnist_dir).images}
+    images = [*sample.images, *sample.test_images]
+    assert all(image.tobytes() in mnist for image in images)
+
+
+@pytest.mark.parametrize("choice", ["auto", "mnist"])
+@pytest.mark.parametrize("place", ["", "MNIST/raw"])
+def test_files_are_found_in_data_dir_and_below_it(tmp_path, choice, place):
+    raw = write_idx(tmp_path)
+    dataset = script.load_data(choice, tmp_path / place)
+    assert dataset.description.startswith("MNIST, 50 training and 20 test images, sha256 ")
+    assert_same_as_files(dataset, raw)
+
+
+@pytest.mark.parametrize("place", ["", "MNIST/raw"])
+def test_archives_are_read_whatever_their_checksum_and_nothing_is_written(tmp_path, place):
+    raw, original = write_idx(tmp_path / "data"), write_idx(tmp_path / "original")
+    compress(raw)
+    before = snapshot(tmp_path)
+    assert_same_as_files(script.load_data("auto", tmp_path / "data" / place), original)
+    assert snapshot(tmp_path) == before
+
+
+def test_files_of_old_torchvision_versions_are_never_read(tmp_path):
+    raw = write_idx(tmp_path)
+    (tmp_path / "MNIST" / "processed").mkdir()
+    for name in ("training.pt", "test.pt"):
+        arrays = (torch.zeros(9, 28, 28, dtype=torch.uint8), torch.zeros(9))
+        torch.save(arrays, tmp_path / "MNIST" / "processed" / name)
+    assert_same_as_files(script.load_data("mnist", tmp_path), raw)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("place", [16, -1])
+def test_description_depends_on_every_image_and_label(tmp_path, name, place):
+    path = write_idx(tmp_path) / name
+    before = script.load_data("mnist", tmp_path).description
+    assert script.load_data("mnist", tmp_path).description == before
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert script.load_data("mnist", tmp_path).description != before
+
+
+# Files that are damaged, unusable or unreadable. -------------------------------------------------
+
+DAMAGES = {
+    "cut": lambda content: content[:-1],
+    "longer": lambda content: content + b"\0",
+    "empty": lambda content: b"",
+    "wrong magic": lambda content: b"\0\0\x0d" + content[3:],
+    "web page": lambda content: b"<!DOCTYPE html><html><body>403 Forbidden</body></html>",
+    "huge count": lambda content: content[:4] + b"\xff\xff\xff\xff" + content[8:],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_damaged_file_is_one_line_and_never_a_reason_to_take_the_sample(tmp_path, name, kind, end):
+    raw = write_idx(tmp_path / "data")
+    (raw / name).write_bytes(DAMAGES[kind]((raw / name).read_bytes()))
+    if end:
+        compress(raw, [name])
+    before = snapshot(tmp_path)
+    for dataset in ("auto", "mnist"):
+        arguments = ("--dataset", dataset, "--data-dir", tmp_path / "data")
+        result = call(*arguments, "--output-dir", tmp_path / "out")
+        assert_fails(result, 2, raw / f"{name}{end}", "delete it or use another --data-dir")
+    assert snapshot(tmp_path) == before
+
+
+GZ_DAMAGES = {
+    "cut": lambda content: content[:-9],
+    "a start": lambda content: content[:40],
+    "empty": lambda content: b"",
+    "text": lambda content: b"no archive",
+    "flipped": lambda content: content[:100] + bytes([content[100] ^ 255]) + content[101:],
+}
+
+
+@pytest.mark.parametrize("kind", GZ_DAMAGES)
+def test_damaged_archive_is_named_and_stays_as_it_is(tmp_path, kind):
+    raw = write_idx(tmp_path)
+    compress(raw)
+    archive = raw / f"{NAMES[0]}.gz"
+    archive.write_bytes(GZ_DAMAGES[kind](archive.read_bytes()))
+    before = snapshot(tmp_path)
+    result = call("--data-dir", tmp_path, "--output-dir", tmp_path / "out")
+    assert_fails(result, 2, f"{archive} is damaged")
+    assert snapshot(tmp_path) == before
+
+
+def test_rubbish_of_any_kind_in_a_file_is_an_input_error(tmp_path):
+    """Random headers and lengths, so that every check of the reader is met."""
+    rng = np.random.default_rng(0)
+    path = write_idx(tmp_path) / NAMES[0]
+    for _ in range(300):
+        header = rng.choice([0, 1, 2, 3, 8, 9, 11, 13, 28, 50, 255], 16).astype(np.uint8)
+        path.write_bytes(header.tobytes()[: rng.integers(1, 17)] + bytes(rng.integers(0, 2000)))
+        with pytest.raises(script.InputError):
+            script.load_data("auto", tmp_path)
+
+
+def alike(path, value):
+    path.write_bytes(path.read_bytes()[:16] + bytes([value]) * (path.stat().st_size - 16))
+
+
+UNUSABLE = {
+    "one image": ("identical", lambda root, raw: write_idx(root, train=1)),
+    "one test image": ("identical", lambda root, raw: write_idx(root, test=1)),
+    "no image": ("damaged", lambda root, raw: write_idx(root, train=0)),
+    "black images": ("identical", lambda root, raw: alike(raw / NAMES[0], 0)),
+    "grey test images": ("identical", lambda root, raw: alike(raw / NAMES[2], 128)),
+    "missing label": (r"labels \(49,\)", lambda root, raw: write_labels(raw, [1] * 49)),
+    "label that is no digit": ("label of 10", lambda root, raw: write_labels(raw, [1] * 49 + [10])),
+}
+
+
+def write_labels(raw, labels):
+    header = b"\0\0\x08\x01" + len(labels).to_bytes(4, "big")
+    (raw / NAMES[1]).write_bytes(header + bytes(labels))
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_unusable_images_and_labels_are_refused_with_the_reason(tmp_path, kind):
+    reason, change = UNUSABLE[kind]
+    change(tmp_path, write_idx(tmp_path))
+    with pytest.raises(script.InputError, match=reason):
+        script.load_data("auto", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "place"),
+    [
+        (os, "listdir", ""),
+        (os, "listdir", "MNIST/raw"),
+        (builtins, "open", f"MNIST/raw/{NAMES[2]}"),
+    ],
+)
+def test_what_cannot_be_read_is_named_and_not_to_be_deleted(
+    tmp_path, monkeypatch, owner, function, place
+):
+    write_idx(tmp_path / "data")
+    path = tmp_path / "data" / place
+    fail_for(
+        monkeypatch, owner, function, path, PermissionError(13, "Permission denied", str(path))
+    )
+    result = call("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
+    assert_fails(result, 2, "Permission denied", path)
+    assert "delete" not in result.err and not (tmp_path / "out").exists()
+
+
+def test_lack_of_memory_is_no_reason_to_delete_files(tmp_path, monkeypatch):
+    fail_for(monkeypatch, builtins, "open", write_idx(tmp_path) / NAMES[0], MemoryError())
+    result = call("--data-dir", tmp_path, "--output-dir", tmp_path / "out")
+    assert (result.status, result.lines) == (1, ["error: not enough memory"])
+
+
+@pytest.mark.parametrize("function", ["compute_baselines", "train_epoch", "plot_latent_space"])
+def test_lack_of_memory_later_is_one_line(small, tmp_path, monkeypatch, function):
+    monkeypatch.setattr(script, function, lambda *_: np.zeros(1 << 62, np.uint8))
+    assert_fails(call(*small[0], "--output-dir", tmp_path), 1, "Unable to allocate")
+
+
+def test_data_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for choice in ("auto", "mnist"):
+        flags = ("--dataset", choice, "--data-dir", tmp_path / "file")
+        assert_fails(call(*flags, "--output-dir", tmp_path / "out"), 2, tmp_path / "file")
+
+
+# Downloads. --------------------------------------------------------------------------------------
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -80,115 +280,37 @@ def mirror(tmp_path, monkeypatch):
         yield serve
 
 
-def test_sample_is_4000_and_1000_digits_of_all_classes_in_equal_parts(sample):
-    identity, images, test_images, labels = sample
-    assert identity.startswith("sample of MNIST, 4000 training and 1000 test images, sha256 ")
-    assert (images.shape, test_images.shape) == ((4000, 784), (1000, 784))
-    assert images.dtype == test_images.dtype == labels.dtype == np.uint8
-    assert Counter(labels.tolist()) == dict.fromkeys(range(10), 100)
-    assert len(np.unique(np.concatenate([images, test_images]), axis=0)) == 5000
-
-
-def test_sample_is_part_of_mnists_training_images(mnist_dir, sample):
-    mnist = {image.tobytes() for image in script.load_data("mnist", mnist_dir)[1]}
-    assert all(image.tobytes() in mnist for part in sample[1:3] for image in part)
-
-
-def test_images_and_labels_arrive_as_they_are_in_the_files(tmp_path):
-    raw = write_idx(tmp_path)
-    identity, images, test_images, labels = script.load_data("mnist", tmp_path)
-    assert identity.startswith("MNIST, 50 training and 20 test images, sha256 ")
-    assert images.tobytes() == (raw / NAMES[0]).read_bytes()[16:]
-    assert test_images.tobytes() == (raw / NAMES[2]).read_bytes()[16:]
-    assert labels.tobytes() == (raw / NAMES[3]).read_bytes()[8:]
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("place", [16, -1])
-def test_identity_covers_every_image_and_label(tmp_path, name, place):
-    path = write_idx(tmp_path) / name
-    before = script.load_data("mnist", tmp_path)[0]
-    assert script.load_data("mnist", tmp_path)[0] == before
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-    assert script.load_data("mnist", tmp_path)[0] != before
-
-
-DAMAGES = {
-    "cut": lambda content: content[:-1],
-    "longer": lambda content: content + b"\0",
-    "empty": lambda content: b"",
-    "wrong magic": lambda content: b"\0\0\x0d" + content[3:],
-    "web page": lambda content: b"<!DOCTYPE html><html><body>403 Forbidden</body></html>",
-    "huge count": lambda content: content[:4] + b"\xff\xff\xff\xff" + content[8:],
-}
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_damaged_file_is_one_line_and_never_a_reason_to_take_the_sample(tmp_path, name, kind):
-    raw = write_idx(tmp_path / "data")
-    (raw / name).write_bytes(DAMAGES[kind]((raw / name).read_bytes()))
-    for dataset in ("auto", "mnist"):
-        arguments = ("--dataset", dataset, "--data-dir", tmp_path / "data")
-        result = call(*arguments, "--output-dir", tmp_path / "out")
-        assert (result.status, result.out, len(result.lines)) == (2, "", 1)
-        assert str(raw) in result.err and "delete" in result.err and "--data-dir" in result.err
-    assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
-
-
-@pytest.mark.parametrize(("train", "test"), [(1, 20), (50, 1), (0, 20)])
-def test_too_few_images_are_refused(tmp_path, train, test):
-    write_idx(tmp_path, train, test)
-    with pytest.raises(script.InputError):
-        script.load_data("auto", tmp_path)
-
-
-def test_images_and_labels_that_do_not_belong_together_are_refused(tmp_path):
-    raw, other = write_idx(tmp_path / "one"), write_idx(tmp_path / "two", train=49)
-    (raw / NAMES[1]).write_bytes((other / NAMES[1]).read_bytes())
-    with pytest.raises(script.InputError, match="49 labels"):
-        script.load_data("auto", tmp_path / "one")
-
-
-def test_labels_that_are_no_digits_are_refused(tmp_path):
-    path = write_idx(tmp_path) / NAMES[3]
-    path.write_bytes(path.read_bytes()[:-1] + b"\x0a")
-    with pytest.raises(script.InputError, match="labels up to 10"):
-        script.load_data("auto", tmp_path)
-
-
 def test_download_happens_once(tmp_path, mirror):
     server = mirror()
-    assert len(script.load_data("mnist", tmp_path / "data")[1]) == 50
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    assert_same_as_files(
+        script.load_data("mnist", tmp_path / "data"), tmp_path / "served/MNIST/raw"
+    )
     assert set(server.requests) == {f"{name}.gz" for name in NAMES}
+    assert sorted(path.name for path in raw.iterdir()) == sorted(NAMES)
     server.requests.clear()
-    assert len(script.load_data("auto", tmp_path / "data")[1]) == 50
+    assert script.load_data("auto", tmp_path / "data").name == "MNIST"
     assert not server.requests
 
 
-def test_only_missing_files_are_downloaded(tmp_path, mirror):
-    raw = write_idx(tmp_path / "data", seed=5)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_download_only_adds_what_is_missing(tmp_path, mirror, compressed):
+    raw, original = write_idx(tmp_path / "data", seed=5), write_idx(tmp_path / "original", seed=5)
     (raw / NAMES[2]).unlink()
-    mine = snapshot(raw)
-    server = mirror()
-    script.load_data("auto", tmp_path / "data")
-    assert set(server.requests) == {f"{NAMES[2]}.gz"}
-    assert mine.items() <= snapshot(raw).items()
+    if compressed:
+        compress(raw, [NAMES[0], NAMES[1], NAMES[3]])
+    before = snapshot(raw)
+    mirror()
+    dataset = script.load_data("auto", tmp_path / "data")
+    served = (tmp_path / "served" / "MNIST" / "raw" / NAMES[2]).read_bytes()
+    assert snapshot(raw) == {**before, NAMES[2]: served}
+    (original / NAMES[2]).write_bytes(served)
+    assert_same_as_files(dataset, original)
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    """Make the seconds that a server may stay silent a fraction of one."""
-    set_timeout = socket.setdefaulttimeout
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds / 100))
-    yield
-    set_timeout(None)
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_failed_download(tmp_path, mirror, impatient, fault):
+@pytest.mark.parametrize("fault", ["503", "reset", "checksum", "silent", "stalls"])
+def test_failed_download(tmp_path, mirror, monkeypatch, fault):
+    monkeypatch.setattr(script, "SERVER_TIMEOUT", 0.3)
     server = mirror(fault)
     places = ("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
     began = time.monotonic()
@@ -198,36 +320,46 @@ def test_failed_download(tmp_path, mirror, impatient, fault):
     assert result.status == 2 and len(errors) == 1 and "Traceback" not in result.err
     assert str(tmp_path / "data") in errors[0] and "--data-dir" in errors[0]
     assert not (tmp_path / "out").exists() and server.requests
+    assert not snapshot(tmp_path / "data")
 
     result = call("--epochs", 1, *places)
     warnings = [line for line in result.lines if line.startswith("warning: ")]
     assert result.status == 0 and len(warnings) == 1 and "sample" in warnings[0]
-    assert "data sample of MNIST, 4000" in (tmp_path / "out" / "training_log.txt").read_text()
+    assert str(tmp_path / "data" / "MNIST" / "raw") in warnings[0]
+    assert "# a sample of MNIST, 4000" in read_log(tmp_path / "out")
 
-    mirror()  # what the failures have left does no harm now
-    assert script.load_data("auto", tmp_path / "data")[0].startswith("MNIST, 50")
+    mirror()
+    assert script.load_data("auto", tmp_path / "data").name == "MNIST"
 
 
-def test_download_that_fails_half_way_is_an_error_and_is_completed_later(tmp_path, mirror):
+def test_part_of_mnist_is_an_error_if_the_rest_cannot_be_downloaded(tmp_path, mirror):
     server = mirror("503")
-    raw = write_idx(tmp_path / "data")
-    (raw / NAMES[3]).unlink()
+    (write_idx(tmp_path / "data") / NAMES[3]).unlink()
     with pytest.raises(script.InputError):
         script.load_data("auto", tmp_path / "data")
     server.fault = None
-    assert script.load_data("auto", tmp_path / "data")[0].startswith("MNIST, 50")
+    assert script.load_data("auto", tmp_path / "data").name == "MNIST"
 
 
-def test_refused_connection_and_unusable_folder_fall_back_to_the_sample(
-    tmp_path, monkeypatch, capsys
-):
+def test_interrupted_download_leaves_nothing_behind(tmp_path, mirror, monkeypatch):
+    mirror()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    result = call("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
+    assert (result.status, result.lines[-1]) == (130, "interrupted")
+    assert not snapshot(tmp_path / "data")
+
+
+def test_refused_connection_falls_back_to_the_sample(tmp_path, monkeypatch, capsys):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
     monkeypatch.setattr(datasets.MNIST, "mirrors", [url])
-    (tmp_path / "file").write_text("mine")
-    for place in (tmp_path / "data", tmp_path / "file"):
-        assert script.load_data("auto", place)[0].startswith("sample")
-        assert capsys.readouterr().err.splitlines()[-1].startswith("warning: ")
-        with pytest.raises(script.InputError):
-            script.load_data("mnist", place)
+    assert script.load_data("auto", tmp_path).name == "a sample of MNIST"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and str(tmp_path / "MNIST" / "raw") in line
+    with pytest.raises(script.InputError):
+        script.load_data("mnist", tmp_path)
