@@ -582,6 +582,13 @@ def resume_run(output: Path, settings: Settings, dataset: Dataset) -> Run:
     return run
 
 
+def number_of_threads() -> int:
+    """The number of threads for NumPy's matrix products."""
+    # More than 8 do not help at this size. joblib counts the cores that this process may use, and
+    # num_threads reflects variables such as OPENBLAS_NUM_THREADS.
+    return min(8, joblib.cpu_count(), *(pool["num_threads"] for pool in threadpool_info()))
+
+
 def describe_machine(threads: int) -> str:
     """Everything that affects floating-point rounding: versions, threads and processor."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
@@ -855,9 +862,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         dataset = load_data(arguments.dataset, Path(os.path.expanduser(arguments.data_dir)))
         settings = choose_settings(arguments, len(dataset.images))
-        # More than 8 threads do not help at this size. joblib counts the cores that this process
-        # may use, and num_threads reflects variables such as OPENBLAS_NUM_THREADS.
-        threads = min(8, joblib.cpu_count(), *(pool["num_threads"] for pool in threadpool_info()))
+        threads = number_of_threads()
         # Overflow needs no warning, because train checks the loss.
         with threadpool_limits(threads, "blas"), np.errstate(all="ignore"):
             baselines = compute_baselines(dataset)

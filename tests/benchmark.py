@@ -10,7 +10,6 @@ meanwhile. As the speed of machines drifts, contenders take turns, and times are
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -293,7 +292,7 @@ def main():
     arguments = parser.parse_args()
     jobs[arguments.what](arguments.data_dir)
     versions = f"torch {version('torch')}, scikit-learn {version('scikit-learn')}"
-    print(f"{script.describe_machine(os.cpu_count())}, {versions}")
+    print(f"{script.describe_machine(script.number_of_threads())}, {versions}")
 
 
 if __name__ == "__main__":

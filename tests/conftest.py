@@ -48,11 +48,11 @@ def call(*arguments):
             status = script.main([str(argument) for argument in arguments])
         except SystemExit as stop:
             status = stop.code
-    lines = err.getvalue().splitlines()
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), lines=lines)
+    err = err.getvalue()
+    return SimpleNamespace(status=status, out=out.getvalue(), err=err, lines=err.splitlines())
 
 
-def assert_fails(result, status, *texts):
+def fails(result, status, *texts):
     """That a call has ended with this status and one line, which contains the texts."""
     assert (result.status, len(result.lines)) == (status, 1), result.err
     assert result.err.startswith("error: ")
@@ -61,11 +61,7 @@ def assert_fails(result, status, *texts):
 
 
 def fail_for(monkeypatch, owner, name, path, error):
-    """Make a function fail if its first argument is a path.
-
-    This stands in for a lack of permission or memory, since tests may run as root on a machine
-    that has enough.
-    """
+    """Make a function fail if its first argument is a path, even for root, who may read all."""
     original = getattr(owner, name)
 
     def failing(first, *rest, **options):
@@ -125,6 +121,12 @@ def small(tmp_path_factory):
     arguments = ["--data-dir", directory, "--batch-size", 16, "--epochs", 4]
     assert call(*arguments, "--output-dir", directory / "whole").status == 0
     return arguments, directory / "whole"
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Spare a test the second that the plots of a run take."""
+    monkeypatch.setattr(script, "draw_plots", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ DATA_DIR holds all of MNIST. `ablation` prints training and test losses after 10
 epochs on 50,000 of the training images and measures the loss on the other 10,000.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -174,4 +173,4 @@ if __name__ == "__main__":
     job = {"ablation": ablation, "selection": selection}[what]
     with np.errstate(all="ignore"):
         job(script.load_data("mnist", Path(data_dir)))
-    print(script.describe_machine(os.cpu_count()))
+    print(script.describe_machine(script.number_of_threads()))

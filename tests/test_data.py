@@ -14,7 +14,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, assert_fails, call, fail_for, read_log, script, snapshot, write_idx
+from conftest import NAMES, call, fail_for, fails, read_log, script, snapshot, write_idx
 from torchvision import datasets
 
 
@@ -49,45 +49,36 @@ def test_sample_is_part_of_mnists_training_images(mnist_dir, sample):
 
 @pytest.mark.parametrize("choice", ["auto", "mnist"])
 @pytest.mark.parametrize("place", ["", "MNIST/raw"])
-def test_files_are_found_in_data_dir_and_below_it(tmp_path, choice, place):
-    raw = write_idx(tmp_path)
-    dataset = script.load_data(choice, tmp_path / place)
-    assert dataset.description.startswith("MNIST, 50 training and 20 test images, sha256 ")
-    assert_same_as_files(dataset, raw)
-
-
-@pytest.mark.parametrize("place", ["", "MNIST/raw"])
-def test_archives_are_read_whatever_their_checksum_and_nothing_is_written(tmp_path, place):
+@pytest.mark.parametrize("compressed", [False, True])
+def test_files_are_read_whatever_their_checksum_and_nothing_is_written(
+    tmp_path, choice, place, compressed
+):
     raw, original = write_idx(tmp_path / "data"), write_idx(tmp_path / "original")
-    compress(raw)
+    if compressed:
+        compress(raw)
+    (raw.parent / "processed").mkdir()  # what old torchvision versions have left
+    for name in ("training.pt", "test.pt"):
+        arrays = (torch.zeros(9, 28, 28, dtype=torch.uint8), torch.zeros(9))
+        torch.save(arrays, raw.parent / "processed" / name)
     before = snapshot(tmp_path)
-    assert_same_as_files(script.load_data("auto", tmp_path / "data" / place), original)
+    dataset = script.load_data(choice, tmp_path / "data" / place)
+    assert dataset.description.startswith("MNIST, 50 training and 20 test images, sha256 ")
+    assert_same_as_files(dataset, original)
     assert snapshot(tmp_path) == before
 
 
-def test_files_of_old_torchvision_versions_are_never_read(tmp_path):
-    raw = write_idx(tmp_path)
-    (tmp_path / "MNIST" / "processed").mkdir()
-    for name in ("training.pt", "test.pt"):
-        arrays = (torch.zeros(9, 28, 28, dtype=torch.uint8), torch.zeros(9))
-        torch.save(arrays, tmp_path / "MNIST" / "processed" / name)
-    assert_same_as_files(script.load_data("mnist", tmp_path), raw)
-
-
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("place", [16, -1])
-def test_description_depends_on_every_image_and_label(tmp_path, name, place):
+def test_description_depends_on_every_image_and_label(tmp_path, name):
     path = write_idx(tmp_path) / name
+    content = path.read_bytes()
     before = script.load_data("mnist", tmp_path).description
     assert script.load_data("mnist", tmp_path).description == before
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-    assert script.load_data("mnist", tmp_path).description != before
+    for place in (16, len(content) - 1):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert script.load_data("mnist", tmp_path).description != before
 
 
 # Files that are damaged, unusable or unreadable. -------------------------------------------------
-
 DAMAGES = {
     "cut": lambda content: content[:-1],
     "longer": lambda content: content + b"\0",
@@ -110,40 +101,22 @@ def test_damaged_file_is_one_line_and_never_a_reason_to_take_the_sample(tmp_path
     for dataset in ("auto", "mnist"):
         arguments = ("--dataset", dataset, "--data-dir", tmp_path / "data")
         result = call(*arguments, "--output-dir", tmp_path / "out")
-        assert_fails(result, 2, raw / f"{name}{end}", "delete it or use another --data-dir")
+        fails(result, 2, raw / f"{name}{end}", "delete it or use another --data-dir")
     assert snapshot(tmp_path) == before
 
 
-GZ_DAMAGES = {
-    "cut": lambda content: content[:-9],
-    "a start": lambda content: content[:40],
-    "empty": lambda content: b"",
-    "text": lambda content: b"no archive",
-    "flipped": lambda content: content[:100] + bytes([content[100] ^ 255]) + content[101:],
-}
-
-
-@pytest.mark.parametrize("kind", GZ_DAMAGES)
-def test_damaged_archive_is_named_and_stays_as_it_is(tmp_path, kind):
+@pytest.mark.parametrize(
+    "damage", [lambda gz: gz[:-9], lambda gz: gz[:40], lambda gz: b"", lambda gz: b"\0" + gz[1:]]
+)
+def test_damaged_archive_is_named_and_stays_as_it_is(tmp_path, damage):
     raw = write_idx(tmp_path)
     compress(raw)
     archive = raw / f"{NAMES[0]}.gz"
-    archive.write_bytes(GZ_DAMAGES[kind](archive.read_bytes()))
+    archive.write_bytes(damage(archive.read_bytes()))
     before = snapshot(tmp_path)
     result = call("--data-dir", tmp_path, "--output-dir", tmp_path / "out")
-    assert_fails(result, 2, f"{archive} is damaged")
+    fails(result, 2, f"{archive} is damaged")
     assert snapshot(tmp_path) == before
-
-
-def test_rubbish_of_any_kind_in_a_file_is_an_input_error(tmp_path):
-    """Random headers and lengths, so that every check of the reader is met."""
-    rng = np.random.default_rng(0)
-    path = write_idx(tmp_path) / NAMES[0]
-    for _ in range(300):
-        header = rng.choice([0, 1, 2, 3, 8, 9, 11, 13, 28, 50, 255], 16).astype(np.uint8)
-        path.write_bytes(header.tobytes()[: rng.integers(1, 17)] + bytes(rng.integers(0, 2000)))
-        with pytest.raises(script.InputError):
-            script.load_data("auto", tmp_path)
 
 
 def alike(path, value):
@@ -174,24 +147,16 @@ def test_unusable_images_and_labels_are_refused_with_the_reason(tmp_path, kind):
         script.load_data("auto", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("owner", "function", "place"),
-    [
-        (os, "listdir", ""),
-        (os, "listdir", "MNIST/raw"),
-        (builtins, "open", f"MNIST/raw/{NAMES[2]}"),
-    ],
-)
-def test_what_cannot_be_read_is_named_and_not_to_be_deleted(
-    tmp_path, monkeypatch, owner, function, place
-):
+@pytest.mark.parametrize("place", ["", "MNIST/raw", f"MNIST/raw/{NAMES[2]}"])
+def test_what_cannot_be_read_is_named_and_not_to_be_deleted(tmp_path, monkeypatch, place):
     write_idx(tmp_path / "data")
     path = tmp_path / "data" / place
+    owner, function = (builtins, "open") if path.is_file() else (os, "listdir")
     fail_for(
         monkeypatch, owner, function, path, PermissionError(13, "Permission denied", str(path))
     )
     result = call("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
-    assert_fails(result, 2, "Permission denied", path)
+    fails(result, 2, "Permission denied", path)
     assert "delete" not in result.err and not (tmp_path / "out").exists()
 
 
@@ -204,34 +169,20 @@ def test_lack_of_memory_is_no_reason_to_delete_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("function", ["compute_baselines", "train_epoch", "plot_latent_space"])
 def test_lack_of_memory_later_is_one_line(small, tmp_path, monkeypatch, function):
     monkeypatch.setattr(script, function, lambda *_: np.zeros(1 << 62, np.uint8))
-    assert_fails(call(*small[0], "--output-dir", tmp_path), 1, "Unable to allocate")
+    fails(call(*small[0], "--output-dir", tmp_path), 1, "Unable to allocate")
 
 
-def test_data_dir_that_is_a_file_is_refused(tmp_path):
+@pytest.mark.parametrize("choice", ["auto", "mnist"])
+def test_data_dir_that_is_a_file_is_refused(tmp_path, choice):
     (tmp_path / "file").write_text("mine")
-    for choice in ("auto", "mnist"):
-        flags = ("--dataset", choice, "--data-dir", tmp_path / "file")
-        assert_fails(call(*flags, "--output-dir", tmp_path / "out"), 2, tmp_path / "file")
+    flags = ("--dataset", choice, "--data-dir", tmp_path / "file", "--output-dir", tmp_path)
+    fails(call(*flags), 2, tmp_path / "file")
 
 
 # Downloads. --------------------------------------------------------------------------------------
-
-
-class Server(http.server.ThreadingHTTPServer):
+class Handler(http.server.BaseHTTPRequestHandler):
     """Serves MNIST's four archives from loopback, or fails in one of several ways."""
 
-    daemon_threads = True
-
-    def __init__(self, archives, fault):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.archives, self.fault, self.over = archives, fault, threading.Event()
-        self.requests = []
-
-    def handle_error(self, request, client_address):
-        """A client that goes away, as it should when the server is silent, is no news."""
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         name = self.path.rpartition("/")[2]
         self.server.requests.append(name)
@@ -248,11 +199,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             if fault == "checksum":
                 body = body[:-1] + bytes([body[-1] ^ 1])
+            self.wfile.write(body[: len(body) // 2] if fault == "stalls" else body)
             if fault == "stalls":
-                self.wfile.write(body[: len(body) // 2])
                 self.server.over.wait(20)
-            else:
-                self.wfile.write(body)
 
     def log_message(self, *arguments):
         pass
@@ -268,7 +217,10 @@ def mirror(tmp_path, monkeypatch):
     with contextlib.ExitStack() as stack:
 
         def serve(fault=None):
-            server = Server(archives, fault)
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+            server.archives, server.fault, server.requests = archives, fault, []
+            server.over, server.daemon_threads = threading.Event(), True
+            server.handle_error = lambda *_: None  # clients may go away
             threading.Thread(target=server.serve_forever, daemon=True).start()
             stack.callback(server.server_close)
             stack.callback(server.shutdown)
@@ -333,12 +285,10 @@ def test_failed_download(tmp_path, mirror, monkeypatch, fault):
 
 
 def test_part_of_mnist_is_an_error_if_the_rest_cannot_be_downloaded(tmp_path, mirror):
-    server = mirror("503")
-    (write_idx(tmp_path / "data") / NAMES[3]).unlink()
+    mirror("503")
+    (write_idx(tmp_path) / NAMES[3]).unlink()
     with pytest.raises(script.InputError):
-        script.load_data("auto", tmp_path / "data")
-    server.fault = None
-    assert script.load_data("auto", tmp_path / "data").name == "MNIST"
+        script.load_data("auto", tmp_path)
 
 
 def test_interrupted_download_leaves_nothing_behind(tmp_path, mirror, monkeypatch):
