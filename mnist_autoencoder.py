@@ -10,7 +10,7 @@
 image to a latent code of 128 numbers and to reconstruct the image from that code. After 100 epochs,
 its mean squared error is 0.0007 on the training images and 0.0008 on the test images. PCA, the best
 linear method with a code of that size, reaches 0.0042 on the test images. NumPy does all of the
-network's computations, torchvision loads MNIST, scikit-learn fits the PCA, matplotlib plots.
+network's computations; torchvision loads MNIST and scikit-learn fits the PCA.
 """
 
 import argparse
@@ -51,10 +51,10 @@ class Settings:
     # Peak learning rate. It is large because averaging the loss over 784 pixels makes the
     # gradients small.
     learning_rate: float = 8.0
-    # Momentum coefficient. At 0.98, the velocity adds up about the last 50 gradients.
+    # Momentum coefficient. At 0.98, the velocity is roughly the sum of the last 50 gradients.
     momentum: float = 0.98
-    # Gradients with a larger norm are scaled down to this one. Few have, but a single overlong step
-    # could push all outputs out of [0, 1], where the gradient is 0 and learning stops.
+    # Gradients with a larger norm are scaled down to this one. Few are that large, but one large
+    # step could push all outputs out of [0, 1], where the gradient is 0 and learning stops.
     max_gradient_norm: float = 0.005
     # Weight decay. It is divided by the number of images, as larger sets need less regularisation.
     weight_decay: float = 0.006
@@ -71,8 +71,8 @@ def elu(z):
 
 
 def elu_derivative(a):
-    """elu'(z) in terms of a = elu(z), as forward keeps a, not z: 1 where a > 0, a + 1 elsewhere."""
-    return np.clip(a, -1, 0) + 1
+    """elu'(z) in terms of a = elu(z): 1 where a > 0, a + 1 elsewhere."""
+    return np.minimum(a, 0) + 1
 
 
 def linear(z):
@@ -95,6 +95,7 @@ def clip_derivative(a):
     return (a > 0) & (a < 1)
 
 
+# The derivatives take the activation a = f(z), because the forward pass does not keep z.
 Layer = namedtuple("Layer", ["inputs", "outputs", "activation", "derivative"])
 LAYERS = (
     Layer(784, 512, elu, elu_derivative),
@@ -130,15 +131,15 @@ class Autoencoder:
 
     Weights are drawn from a normal distribution with variance 2 / inputs (He et al. 2015,
     arxiv.org/abs/1502.01852); biases start at 0. The output layer is different: its weights start
-    at 0 and its biases at the mean image, so that training starts from the mean image as the
-    reconstruction of every image. Random weights would clip many outputs from the start. Zero
-    weights only stop the gradient on its way to the other layers in the very first step.
+    at 0 and its biases at the mean image, so that the untrained network reconstructs every image as
+    the mean image. Random weights would clip many outputs from the start. Zero weights do keep the
+    gradient from reaching the other layers, but only in the first step.
 
     Args:
         mean_image: mean of the training images, shape (784,), pixels in [0, 1].
         seed: seed of the initial weights.
         layers: the layers from input to output.
-        dtype: float32, or float64 for more precise gradients.
+        dtype: float32, or float64 to check gradients (which is also why `layers` can be changed).
 
     Attributes:
         parameters: all weights and biases in one vector.
@@ -147,6 +148,7 @@ class Autoencoder:
     def __init__(self, mean_image, seed=0, layers=LAYERS, dtype=np.float32):
         self.mean_image = np.asarray(mean_image, dtype)
         self.layers = layers
+        self.code_index = len(layers) // 2  # The latent code is a_3, halfway through the layers.
         size = sum((layer.inputs + 1) * layer.outputs for layer in layers)
         self.parameters = np.zeros(size, dtype)
         weights, biases = self.split(self.parameters)
@@ -187,7 +189,7 @@ class Autoencoder:
     def backward(self, activations: list[np.ndarray], images: np.ndarray) -> np.ndarray:
         """The gradient of the loss with respect to `parameters`, as a vector of the same layout.
 
-        `activations` is what forward(images) has returned. Write da_k for dloss/da_k, dz_k for
+        `activations` is the result of forward(images). Write da_k for dloss/da_k, dz_k for
         dloss/dz_k and * for the elementwise product. The chain rule gives da_6 and then, for
         k = 5 ... 0, the other derivatives:
 
@@ -212,7 +214,7 @@ class Autoencoder:
     def encode(self, images) -> np.ndarray:
         """The latent codes (n, 128) of images (n, 784) or (n, 28, 28).
 
-        Accepts arrays, lists and PyTorch's CPU tensors of uint8 pixels or of pixels in [0, 1].
+        Accepts arrays, lists and PyTorch CPU tensors of uint8 pixels or of pixels in [0, 1].
         Raises ValueError for other shapes and values.
         """
         x = np.asarray(images)
@@ -221,12 +223,12 @@ class Autoencoder:
             raise ValueError(f"images must have shape (n, 784) or (n, 28, 28), not {x.shape}")
         if not ((x >= 0) & (x <= 1)).all():
             raise ValueError("pixels must be of dtype uint8 or lie in [0, 1]")
-        return self.apply_layers(x.reshape(-1, 784) - self.mean_image, 0, len(self.layers) // 2)[-1]
+        return self.apply_layers(x.reshape(-1, 784) - self.mean_image, 0, self.code_index)[-1]
 
     def decode(self, codes) -> np.ndarray:
         """The images (n, 784), pixels in [0, 1], that latent codes (n, 128) stand for."""
         codes = np.asarray(codes, self.parameters.dtype)
-        return self.apply_layers(codes, len(self.layers) // 2, len(self.layers))[-1]
+        return self.apply_layers(codes, self.code_index, len(self.layers))[-1]
 
     def reconstruct(self, images) -> np.ndarray:
         """The reconstructions (n, 784) of images; see `encode`."""
@@ -242,8 +244,9 @@ def mean_squared_error(outputs: np.ndarray, images: np.ndarray) -> float:
 def default_learning_rate(batch_size: int) -> float:
     """The default peak learning rate for a batch size.
 
-    Up to the default batch size it is proportional to the batch size (Goyal et al. 2017,
-    arxiv.org/abs/1706.02677), above it only to the square root, since it would become too large.
+    Up to the default batch size, the rate is proportional to the batch size (Goyal et al. 2017,
+    arxiv.org/abs/1706.02677). Above it, the rate grows only with the square root of the batch size,
+    because it would otherwise become too large.
     """
     ratio = batch_size / Settings.batch_size
     return Settings.learning_rate * min(ratio, ratio**0.5)
@@ -251,16 +254,16 @@ def default_learning_rate(batch_size: int) -> float:
 
 def scheduled_learning_rate(step: int, total_steps: int, peak: float) -> float:
     """The learning rate of a step, 0 ... total_steps - 1."""
-    # 1. In the first half of the run, it stays at its peak.
+    # In the first half of the run, it is constant.
     if step < total_steps / 2:
         return peak
-    # 2. In the second half, it falls linearly to 0.
+    # In the second half, it falls linearly to 0.
     return peak * 2 * (total_steps - step) / total_steps
 
 
 # The three vectors in an update are 4.5 MB each. Blocks of 256 KB stay in the processor's cache
 # from one statement to the next, which makes a whole training step about a tenth faster.
-BLOCK_SIZE = 65_536
+BLOCK_SIZE = 65_536  # numbers of type float32
 
 
 def sgd_step(parameters, velocity, gradient, learning_rate, momentum, max_norm, weight_decay):
@@ -284,7 +287,7 @@ def sgd_step(parameters, velocity, gradient, learning_rate, momentum, max_norm, 
         g += weight_decay * parameters[block]
         v += g
         v *= momentum
-        g += v  # In place, g becomes what the last line of the docstring subtracts.
+        g += v
         g *= learning_rate
         parameters[block] -= g
 
@@ -298,8 +301,8 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
     batch_starts = range(0, len(images), settings.batch_size)
     total_steps = settings.epochs * len(batch_starts)
     # Every epoch seeds its own generator, so that a resumed run shuffles exactly like one that was
-    # never interrupted. Epochs start at 1 because NumPy treats the seed (s, 0) like s, with which
-    # the initial weights were drawn.
+    # never interrupted. Epochs count from 1: NumPy treats the seed (s, 0) like s, which has already
+    # drawn the initial weights.
     order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
     loss_sum = 0.0
     for step, start in enumerate(batch_starts, start=(epoch - 1) * len(batch_starts)):
@@ -319,8 +322,11 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
     return loss_sum / len(images)
 
 
+# The lesson ends here. The rest loads the data, saves the run, draws plots and parses the command
+# line.
+
+
 # ------------------------------------------------------------------------------------------- data
-# The lesson ends here. The rest loads the data, saves the run, draws plots and parses the flags.
 class InputError(Exception):
     """Invalid input from the user. The message says what is wrong and what to do."""
 
@@ -370,7 +376,7 @@ def download_mnist(folder: Path) -> None:
     """Download MNIST and add the missing files to a folder.
 
     torchvision downloads to a temporary folder, so that no file is overwritten and nothing is left
-    behind if the download fails. Raises whatever torchvision and the network raise.
+    behind if the download fails. Raises whatever torchvision raises.
     """
     from torchvision.datasets import MNIST  # here, because PyTorch takes seconds to import
 
@@ -399,7 +405,8 @@ def read_array(path: Path) -> np.ndarray:
             return read_idx(str(path)).numpy()
         with tempfile.TemporaryDirectory() as temporary:
             extracted = Path(temporary) / path.name
-            extracted.write_bytes(zlib.decompress(source.read_bytes(), wbits=31))  # 31: gzip
+            # wbits=31 means gzip, whose own module would raise an OSError for a damaged file.
+            extracted.write_bytes(zlib.decompress(source.read_bytes(), wbits=31))
             return read_idx(str(extracted)).numpy()
     except (OSError, MemoryError):
         raise
@@ -417,7 +424,7 @@ def read_dataset(name: str, folder: Path) -> Dataset:
             found = f"{x.dtype} images {x.shape} with {y.dtype} labels {y.shape}"
             raise InputError(f"{folder} holds {found}, which is not MNIST: use another --data-dir")
         if (x == x[:1]).all():
-            raise InputError(f"{folder} holds identical images only: there is nothing to learn")
+            raise InputError(f"{folder} holds only identical images: use another --data-dir")
         if y.max() > 9:
             raise InputError(f"{folder} holds a label of {y.max()}: use another --data-dir")
     checksum = hashlib.sha256()
@@ -445,7 +452,7 @@ def load_data(choice: str, data_dir: Path) -> Dataset:
     if len(present) < len(FILES):
         try:
             download_mnist(folder)
-        except Exception as error:  # The network can fail in many ways.
+        except Exception as error:  # A download can fail in many ways.
             reason = " ".join(f"{type(error).__name__}: {error}".split())  # onto one line
             problem = f"{folder} is missing MNIST files that cannot be downloaded ({reason})"
             if choice == "mnist" or present:
@@ -460,21 +467,24 @@ def load_data(choice: str, data_dir: Path) -> Dataset:
 class Baselines:
     """Test losses to compare the network with."""
 
-    mean_image_loss: float  # of the mean training image as the reconstruction of every image
-    pca_loss: float
+    mean_image_loss: float  # with the mean training image as every reconstruction
+    pca_loss: float  # with the reconstructions of PCA, the best linear method
     pca: object  # scikit-learn's PCA, fitted to the training images
 
 
 def compute_baselines(dataset: Dataset) -> Baselines:
-    """Fit PCA with as many components as the latent code, or as there are training images."""
+    """Fit PCA with a code of 128 numbers, or of fewer if there are fewer training images."""
     from sklearn.decomposition import PCA  # here, because scikit-learn takes a second to import
 
     test_pixels = to_pixels(dataset.test_images)
     components = min(128, len(dataset.images))
     pca = PCA(components, svd_solver="covariance_eigh").fit(to_pixels(dataset.images))
     outputs = pca.inverse_transform(pca.transform(test_pixels))
-    mean_image_loss = mean_squared_error(pca.mean_, test_pixels)  # pca.mean_ is the mean image.
-    return Baselines(mean_image_loss, mean_squared_error(outputs, test_pixels), pca)
+    return Baselines(
+        mean_image_loss=mean_squared_error(pca.mean_, test_pixels),
+        pca_loss=mean_squared_error(outputs, test_pixels),
+        pca=pca,
+    )
 
 
 @dataclass
@@ -507,19 +517,24 @@ def new_run(settings: Settings, dataset: Dataset, baselines: Baselines) -> Run:
 PLOTS = ("loss_curve.png", "latent_space.png", "reconstructions.png")
 
 
-def prepare_output(output: Path) -> None:
-    """Create the output directory. Raises OSError if it is not writable, now rather than later."""
+def prepare_output(output: Path, run: Run) -> None:
+    """Create the output directory, and raise OSError now rather than later if it is not writable.
+
+    The log of a run that is resumed is restored.
+    """
     for folder in (output, output / "plots"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+    if run.losses:  # A killed run may have left its log an epoch behind.
+        write_atomically(output / "training_log.txt", run.log.encode())
 
 
 def save_run(run: Run, output: Path) -> None:
     """Write model.npz and training_log.txt to the output directory. Raises OSError."""
-    if len(run.losses) == 1:
-        for name in PLOTS:  # Plots of an earlier run would not belong to the new log.
+    if len(run.losses) == 1:  # The plots of an earlier run do not belong to the new log.
+        for name in PLOTS:
             (output / "plots" / name).unlink(missing_ok=True)
-    facts = {
+    metadata = {
         "settings": asdict(run.settings),
         "data": run.data,
         "losses": run.losses,
@@ -529,7 +544,7 @@ def save_run(run: Run, output: Path) -> None:
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        facts=json.dumps(facts),
+        metadata=json.dumps(metadata),
         mean_image=run.model.mean_image,
         parameters=run.model.parameters,
         velocity=run.velocity,
@@ -545,10 +560,10 @@ def load_run(path: str | Path) -> Run:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             if file.zip.testzip():  # np.load itself does not verify every checksum
                 raise ValueError("a checksum is wrong")
-            facts = json.loads(str(file["facts"]))
-            settings = Settings(**facts.pop("settings"))
+            metadata = json.loads(str(file["metadata"]))
+            settings = Settings(**metadata.pop("settings"))
             model = Autoencoder(file["mean_image"])
-            run = Run(settings=settings, model=model, velocity=file["velocity"], **facts)
+            run = Run(settings=settings, model=model, velocity=file["velocity"], **metadata)
             size = model.parameters.size
             model.parameters = file["parameters"]
             if model.parameters.shape != (size,) or run.velocity.shape != (size,):
@@ -556,15 +571,15 @@ def load_run(path: str | Path) -> Run:
         return run
     except MemoryError:
         raise
-    except Exception as error:  # NumPy, zipfile and json raise many types.
+    except Exception as error:  # NumPy, zipfile and json raise many types of exception.
         problem = f"{path} is damaged ({type(error).__name__}: {error})"
         raise InputError(f"{problem}: run without --resume to replace it") from error
 
 
 def resume_run(output: Path, settings: Settings, dataset: Dataset) -> Run:
-    """Read a run to continue it, and restore its log.
+    """Read a run to continue it.
 
-    Raises OSError, or InputError if there is no run or one with different settings or data.
+    Raises OSError, or InputError if there is none or its settings or data differ.
     """
     path = output / "model.npz"
     if not path.exists():
@@ -577,8 +592,6 @@ def resume_run(output: Path, settings: Settings, dataset: Dataset) -> Run:
             difference = f"{name} {stored[name]}, not {name} {value}"
             advice = "resume it with the same settings and data, or run without --resume"
             raise InputError(f"{path} belongs to a run with {difference}: {advice}")
-    # After a kill, the log may be an epoch behind.
-    write_atomically(output / "training_log.txt", run.log.encode())
     return run
 
 
@@ -595,7 +608,7 @@ def describe_machine(threads: int) -> str:
     cpuinfo = Path("/proc/cpuinfo")  # on Linux, where platform.processor() is often empty
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     processor = text.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
-    # OpenBLAS picks its code by microarchitecture, which a processor's name does not determine.
+    # OpenBLAS chooses its kernels by microarchitecture, which a processor's name does not tell.
     kinds = {pool["architecture"] for pool in threadpool_info() if "architecture" in pool}
     processor = " ".join([processor, *sorted(kinds)])
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
@@ -603,18 +616,19 @@ def describe_machine(threads: int) -> str:
 
 
 def note_machine(run: Run, machine: str) -> None:
-    """Log the machine that computes the next epochs, and warn if it is not that of the last one."""
+    """Log the machine that computes the next epochs; warn if the last epoch ran on another."""
     epoch = len(run.losses) + 1
     if machine == run.machine or epoch > run.settings.epochs:
         return
-    if run.machine:
+    if run.losses:
         change = f"epoch {epoch - 1} ran on {run.machine}, continuing on {machine}"
-        print(f"warning: {change}; results will not be bit-identical", file=sys.stderr)
+        print(f"warning: {change}; results may no longer be bit-identical", file=sys.stderr)
     run.machine = machine
     run.log += f"# From epoch {epoch} on: {machine}\n"
 
 
-# A run starts at the mean image's test loss. It stops if an epoch ends at this multiple of it.
+# Before training, the test loss is that of the mean image. If it exceeds this multiple of that,
+# training has diverged.
 DIVERGENCE_FACTOR = 1.2
 
 
@@ -633,7 +647,7 @@ def train(run: Run, dataset: Dataset, baselines: Baselines, output: Path) -> Non
         loss = train_epoch(run.model, run.velocity, dataset.images, epoch, run.settings)
         test_loss = mean_squared_error(run.model.forward(test_pixels)[-1], test_pixels)
         seconds = time.perf_counter() - start
-        if not test_loss <= DIVERGENCE_FACTOR * baselines.mean_image_loss:  # also true of NaN
+        if not test_loss <= DIVERGENCE_FACTOR * baselines.mean_image_loss:  # also catches NaN
             problem = f"training diverged or overfitted: test loss {test_loss:.4f} in epoch {epoch}"
             raise FloatingPointError(f"{problem}; try an --lr below {run.settings.learning_rate:g}")
         line = f"Epoch {epoch}, Loss: {loss:.6f}, Test Loss: {test_loss:.6f}, Time: {seconds:.1f}s"
@@ -643,7 +657,7 @@ def train(run: Run, dataset: Dataset, baselines: Baselines, output: Path) -> Non
         with tqdm.external_write_mode():  # above the progress bar
             print(line, flush=True)
     if run.losses[-1][1] > baselines.mean_image_loss / 2:
-        problem = "the network is hardly better than the mean image"
+        problem = "the test loss is still more than half of the mean image's"
         print(f"warning: {problem}; train longer or try another --lr", file=sys.stderr)
 
 
@@ -664,27 +678,30 @@ def plot_losses(losses: list[list[float]], baselines: Baselines, name: str) -> F
     axes.set(xlabel="epoch", ylabel="mean squared error", yscale="log")
     axes.set_xlim(0.5, len(losses) + 0.5)
     shown = [*training, *test, baselines.pca_loss]
-    axes.set_ylim(min(shown) / 1.6, max(shown) * 1.6)  # Any range of 2.5 has a tick.
+    axes.set_ylim(min(shown) / 1.6, max(shown) * 1.6)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+    # There is always a tick, as the range is at least 1.6 * 1.6 and ticks differ by at most 2.5.
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    # The final losses are written at the right edge, the larger above its point, the other below.
+    # The final losses are written at the right edge: the larger one above its point, which is at the
+    # bottom of the text, the other below.
     sides = ("top", "bottom") if training[-1] < test[-1] else ("bottom", "top")
-    edge = axes.get_yaxis_transform()
+    edge = axes.get_yaxis_transform()  # x in units of the axes, y in units of the data
     for loss, color, side in zip(losses[-1], ("C0", "C1"), sides, strict=True):
         axes.text(1.01, loss, f"{loss:.5f}", color=color, va=side, transform=edge)
     return figure
 
 
 def spread_out(points: np.ndarray, distance: float) -> np.ndarray:
-    """Push points (n, 2) apart until no two are much closer than `distance`."""
-    points = points.copy()
+    """Push points (n, 2) apart in 100 passes, until hardly any two are closer than `distance`."""
+    # A tiny random offset separates points that coincide.
+    points = points + np.random.default_rng(0).normal(0, 1e-6 * distance, points.shape)
     for _ in range(100):
         for i in range(len(points)):
             for j in range(i):
                 difference = points[i] - points[j]
-                length = np.linalg.norm(difference) + 1e-9
+                length = np.linalg.norm(difference)
                 shift = difference / length * max(0, distance - length) / 2
                 points[i] += shift
                 points[j] -= shift
@@ -700,7 +717,7 @@ def plot_latent_space(codes: np.ndarray, labels: np.ndarray, name: str) -> Figur
     first, second = pca.explained_variance_ratio_
     figure = Figure(figsize=(8, 7), dpi=150, layout="constrained")
     axes = figure.subplots()
-    view = f"2 of 128 principal components, with {first + second:.0%} of the variance"
+    view = f"2 of 128 principal components, which explain {first + second:.0%} of the variance"
     axes.set_title(f"Latent codes of the test images of {name}:\n{view}")
     axes.set_xlabel(f"first principal component ({first:.1%} of the variance)")
     axes.set_ylabel(f"second principal component ({second:.1%} of the variance)")
@@ -773,14 +790,13 @@ def number(kind: type, low: float, high: float):
     """An argparse type that accepts numbers from low to high."""
 
     def convert(text: str) -> float:
-        name = "an integer" if kind is int else "a number"
-        problem = argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
         try:
             value = kind(text)
         except ValueError:
-            raise problem from None
+            value = np.nan  # which fails the next test
         if not low <= value <= high:
-            raise problem
+            name = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
         return value
 
     return convert
@@ -794,7 +810,7 @@ files in the output directory:
   plots/reconstructions.png  test images beside their reconstructions
   model.npz                  the trained network, for --resume and for load_run in Python
 
-example (the directory of its own leaves earlier results in place):
+example (in a separate directory, so that earlier results are kept):
   python mnist_autoencoder.py --epochs 1 --output-dir trial
 """
 
@@ -819,7 +835,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", count, Settings.batch_size, "images per mini-batch")
     add("--momentum", number(float, 0, 0.99), Settings.momentum, "momentum coefficient")
     add("--seed", number(int, 0, 2**32 - 1), Settings.seed, "seed for initialisation and shuffling")
-    add("--data-dir", str, "data", "directory that holds MNIST or to which it is downloaded")
+    add("--data-dir", str, "data", "directory to read MNIST from, or to download it to")
     add("--output-dir", str, ".", "directory for the files listed below")
     parser.add_argument(
         "--lr",
@@ -854,7 +870,7 @@ def main(argv: list[str] | None = None) -> int:
     It is 0 on success, 1 if training diverges, memory runs out or a file cannot be written, 2 for
     invalid input, and 130 after Ctrl-C.
     """
-    if sys.stderr is None:  # It was closed, but tqdm and torchvision would write to it.
+    if sys.stderr is None:  # stderr was closed, but tqdm and torchvision would write to it.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     arguments = parse_arguments(argv)
     output = Path(os.path.expanduser(arguments.output_dir))
@@ -870,7 +886,7 @@ def main(argv: list[str] | None = None) -> int:
                 run = resume_run(output, settings, dataset)
             else:
                 run = new_run(settings, dataset, baselines)
-            prepare_output(output)
+            prepare_output(output, run)
             note_machine(run, describe_machine(threads))
             print(run.log, end="", flush=True)
             train(run, dataset, baselines, output)

@@ -249,7 +249,7 @@ def race(data_dir):
         values = np.array(results[name])
         means = values.mean(axis=0)
         deviations = values.std(axis=0, ddof=1)
-        losses = " | ".join(f"{means[i]:.5f} ± {deviations[i]:.5f}" for i in range(2))
+        losses = " | ".join(f"{means[i]:.6f} ± {deviations[i]:.6f}" for i in range(2))
         needed = f"{values[:, 2].min():.0f} to {values[:, 2].max():.0f}"
         to_target, to_ten = (values[:, 3:] / np.array(results[OURS])[:, 3:]).T
         times = f"{median_and_range(to_target)} | {median_and_range(to_ten)}"

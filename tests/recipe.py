@@ -154,7 +154,7 @@ def ablation(mnist):
             means = np.mean(losses, axis=0)
             deviations = np.std(losses, axis=0, ddof=1)
             for mean, deviation in zip(means, deviations, strict=True):
-                cells.append(f"{mean:.5f} ± {deviation:.5f}")
+                cells.append(f"{mean:.6f} ± {deviation:.6f}")
         print("|", name, "|", " | ".join(cells), "|", flush=True)
 
 

@@ -172,7 +172,7 @@ def test_another_number_of_threads_is_told_and_logged(interrupted):
     with script.threadpool_limits(1):
         result = call(*arguments, "--resume")
     assert result.status == 0 and len(result.lines) == 1
-    assert "warning" in result.err and "not be bit-identical" in result.err
+    assert "warning" in result.err and "no longer be bit-identical" in result.err
     log = read_log(out)
     assert log.startswith(before) and result.out == log
     assert [int(epoch) for epoch, _ in machines(log)] == [1, 3]
@@ -290,11 +290,11 @@ RUBBISH = {
     "one parameter": lambda content: repack(content, parameters=np.zeros(1, np.float32)),
     "too few parameters": lambda content: repack(content, parameters=np.zeros(1000, np.float32)),
     "pickle": lambda content: repack(content, parameters=np.array([Boom()], object)),
-    "no facts": lambda content: repack(content, facts=None),
-    "facts are no JSON": lambda content: repack(content, facts="{"),
-    "facts are a number": lambda content: repack(content, facts="3"),
-    "facts nest deeply": lambda content: repack(content, facts="[" * 50_000),
-    "other settings": lambda content: repack(content, facts='{"settings": {"rate": 4}}'),
+    "no metadata": lambda content: repack(content, metadata=None),
+    "metadata are no JSON": lambda content: repack(content, metadata="{"),
+    "metadata are a number": lambda content: repack(content, metadata="3"),
+    "metadata nest deeply": lambda content: repack(content, metadata="[" * 50_000),
+    "other settings": lambda content: repack(content, metadata='{"settings": {"rate": 4}}'),
 }
 
 
