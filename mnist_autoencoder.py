@@ -35,6 +35,8 @@ try:
     from matplotlib.figure import Figure
     from threadpoolctl import threadpool_info, threadpool_limits
     from tqdm import tqdm
+except Exception as error:  # A package is missing, or rejects a setting such as MPLBACKEND.
+    sys.exit(f"error: {error}; the packages are installed by: pip install -r requirements.txt")
 except KeyboardInterrupt:  # These imports take long enough for a user to press Ctrl-C.
     print("interrupted", file=sys.stderr)
     sys.exit(130)
@@ -105,11 +107,6 @@ LAYERS = (
     Layer(256, 512, elu, elu_derivative),
     Layer(512, 784, clip, clip_derivative),  # reaches 0 and 1, unlike a sigmoid
 )
-
-
-def to_pixels(images: np.ndarray) -> np.ndarray:
-    """Convert uint8 images to float32 pixels in [0, 1]."""
-    return np.divide(images, 255, dtype=np.float32)
 
 
 class Autoencoder:
@@ -218,7 +215,8 @@ class Autoencoder:
         Raises ValueError for other shapes and values.
         """
         x = np.asarray(images)
-        x = to_pixels(x) if x.dtype == np.uint8 else x.astype(self.parameters.dtype)
+        largest = 255 if x.dtype == np.uint8 else 1
+        x = x.astype(self.parameters.dtype) / largest
         if x.shape[1:] not in ((784,), (28, 28)):
             raise ValueError(f"images must have shape (n, 784) or (n, 28, 28), not {x.shape}")
         if not ((x >= 0) & (x <= 1)).all():
@@ -236,6 +234,11 @@ class Autoencoder:
 
 
 # --------------------------------------------------------------------------------------- training
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """Convert uint8 images to float32 pixels in [0, 1]."""
+    return np.divide(images, 255, dtype=np.float32)
+
+
 def mean_squared_error(outputs: np.ndarray, images: np.ndarray) -> float:
     """The mean of (outputs - images)^2 over all images and pixels."""
     return float(np.mean(np.square(outputs - images)))
@@ -359,6 +362,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:  # which may name the temporary file, or none
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -375,7 +380,7 @@ def present_files(folder: Path) -> list[str]:
 def download_mnist(folder: Path) -> None:
     """Download MNIST and add the missing files to a folder.
 
-    torchvision downloads to a temporary folder, so that no file is overwritten and nothing is left
+    torchvision downloads to a temporary folder, so that no file is overwritten and none is left
     behind if the download fails. Raises whatever torchvision raises.
     """
     from torchvision.datasets import MNIST  # here, because PyTorch takes seconds to import
@@ -399,7 +404,8 @@ def read_array(path: Path) -> np.ndarray:
     """
     from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor as read_idx
 
-    source = path if path.exists() else Path(f"{path}.gz")
+    archive = Path(f"{path}.gz")
+    source = archive if archive.exists() and not path.exists() else path
     try:
         if source == path:
             return read_idx(str(path)).numpy()
@@ -411,7 +417,7 @@ def read_array(path: Path) -> np.ndarray:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # A damaged file can raise many types of exception.
-        problem = f"{source} is damaged ({type(error).__name__}: {error})"
+        problem = f"{source} is damaged or not in the MNIST format"
         raise InputError(f"{problem}: delete it or use another --data-dir") from error
 
 
@@ -447,14 +453,15 @@ def load_data(choice: str, data_dir: Path) -> Dataset:
     """
     if choice == "sample":
         return read_dataset("a sample of MNIST", SAMPLE_FOLDER)
-    folder = data_dir if present_files(data_dir) else data_dir / "MNIST" / "raw"
+    folder = max(data_dir / "MNIST" / "raw", data_dir, key=lambda path: len(present_files(path)))
     present = present_files(folder)
     if len(present) < len(FILES):
         try:
             download_mnist(folder)
         except Exception as error:  # A download can fail in many ways.
+            missing = ", ".join(file for file in FILES if file not in present)
             reason = " ".join(f"{type(error).__name__}: {error}".split())  # onto one line
-            problem = f"{folder} is missing MNIST files that cannot be downloaded ({reason})"
+            problem = f"{missing} cannot be downloaded to {folder} ({reason})"
             if choice == "mnist" or present:
                 raise InputError(f"{problem}: use another --data-dir") from error
             print(f"warning: {problem}; using a sample of 5,000 images instead", file=sys.stderr)
@@ -517,23 +524,11 @@ def new_run(settings: Settings, dataset: Dataset, baselines: Baselines) -> Run:
 PLOTS = ("loss_curve.png", "latent_space.png", "reconstructions.png")
 
 
-def prepare_output(output: Path, run: Run) -> None:
-    """Create the output directory, and raise OSError now rather than later if it is not writable.
-
-    The log of a run that is resumed is restored.
-    """
-    for folder in (output, output / "plots"):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    if run.losses:  # A killed run may have left its log an epoch behind.
-        write_atomically(output / "training_log.txt", run.log.encode())
-
-
 def save_run(run: Run, output: Path) -> None:
-    """Write model.npz and training_log.txt to the output directory. Raises OSError."""
-    if len(run.losses) == 1:  # The plots of an earlier run do not belong to the new log.
-        for name in PLOTS:
-            (output / "plots" / name).unlink(missing_ok=True)
+    """Write model.npz and training_log.txt to the output directory. Raises OSError.
+
+    Plots are removed, because they may be of another run. They are drawn after the last epoch.
+    """
     metadata = {
         "settings": asdict(run.settings),
         "data": run.data,
@@ -550,7 +545,25 @@ def save_run(run: Run, output: Path) -> None:
         velocity=run.velocity,
     )
     write_atomically(output / "model.npz", buffer.getvalue())
+    for name in PLOTS:
+        (output / "plots" / name).unlink(missing_ok=True)
     write_atomically(output / "training_log.txt", run.log.encode())
+
+
+def prepare_output(output: Path, run: Run) -> None:
+    """Create the output directory and restore the files of a run that is resumed.
+
+    Raises OSError, or InputError if the directory is not writable.
+    """
+    for folder in (output, output / "plots"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            problem = f"{folder} is not a writable directory ({error.strerror})"
+            raise InputError(f"{problem}: use another --output-dir") from error
+    if run.losses:  # A killed run may have left its log an epoch behind.
+        save_run(run, output)
 
 
 def load_run(path: str | Path) -> Run:
@@ -572,8 +585,8 @@ def load_run(path: str | Path) -> Run:
     except MemoryError:
         raise
     except Exception as error:  # NumPy, zipfile and json raise many types of exception.
-        problem = f"{path} is damaged ({type(error).__name__}: {error})"
-        raise InputError(f"{problem}: run without --resume to replace it") from error
+        problem = f"{path} is damaged or of another version of this script ({type(error).__name__})"
+        raise InputError(f"{problem}: train a new run, without --resume") from error
 
 
 def resume_run(output: Path, settings: Settings, dataset: Dataset) -> Run:
@@ -629,7 +642,7 @@ def note_machine(run: Run, machine: str) -> None:
 
 # Before training, the test loss is that of the mean image. If it exceeds this multiple of that,
 # training has diverged.
-DIVERGENCE_FACTOR = 1.2
+DIVERGENCE_FACTOR = 1.01
 
 
 def train(run: Run, dataset: Dataset, baselines: Baselines, output: Path) -> None:
@@ -677,15 +690,15 @@ def plot_losses(losses: list[list[float]], baselines: Baselines, name: str) -> F
     axes.set_title(f"Loss on {name} (mean image: {baselines.mean_image_loss:.4f})")
     axes.set(xlabel="epoch", ylabel="mean squared error", yscale="log")
     axes.set_xlim(0.5, len(losses) + 0.5)
-    shown = [*training, *test, baselines.pca_loss]
+    shown = np.clip([*training, *test, baselines.pca_loss], 1e-6, None)
     axes.set_ylim(min(shown) / 1.6, max(shown) * 1.6)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
     # There is always a tick, as the range is at least 1.6 * 1.6 and ticks differ by at most 2.5.
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    # The final losses are written at the right edge: the larger one above its point, which is at the
-    # bottom of the text, the other below.
+    # The final losses are written at the right edge: the larger one above its point, so that its
+    # point is at the bottom of the text, and the smaller one below.
     sides = ("top", "bottom") if training[-1] < test[-1] else ("bottom", "top")
     edge = axes.get_yaxis_transform()  # x in units of the axes, y in units of the data
     for loss, color, side in zip(losses[-1], ("C0", "C1"), sides, strict=True):
@@ -896,17 +909,17 @@ def main(argv: list[str] | None = None) -> int:
         status = 130
         message = "interrupted"
         if run and run.losses:
-            message = f"interrupted after epoch {len(run.losses)}: add --resume to continue"
+            message += f"; --resume continues after epoch {len(run.losses)}"
     except InputError as error:
         status = 2
         message = f"error: {error}"
     except OSError as error:
         status = 1 if run else 2  # Before there is a run, it is the input that cannot be read.
         message = f"error: {error}"
-    except (MemoryError, FloatingPointError) as error:
+    except (MemoryError, ImportError, FloatingPointError) as error:
         status = 1
         message = f"error: {str(error) or 'not enough memory'}"
-    print(message, file=sys.stderr)
+    print(" ".join(message.splitlines()), file=sys.stderr)
     return status
 
 

@@ -218,7 +218,7 @@ def test_folder_without_permission_is_noticed_before_training(small, tmp_path, m
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(script, "train", None)
     result = call(*small[0], "--output-dir", tmp_path)
-    fails(result, 1, "Permission denied", tmp_path / place)
+    fails(result, 2, "Permission denied", tmp_path / place)
 
 
 def full_disk(original, at):
