@@ -8,8 +8,8 @@
 
 `python mnist_autoencoder.py` trains a 784-512-256-128-256-512-784 network to compress each 28x28
 image to a latent code of 128 numbers and to reconstruct the image from that code. After 100 epochs,
-its mean squared error is 0.0007 on the training images and 0.0008 on the test images. PCA, the best
-linear method with a code of that size, reaches 0.0042 on the test images. NumPy does all of the
+its mean squared error is 0.0007 on the training images and 0.0009 on the test images. PCA, the best
+linear method for the same code size, reaches 0.0042 on the test images. NumPy does all of the
 network's computations; torchvision loads MNIST and scikit-learn fits the PCA.
 """
 
@@ -36,7 +36,8 @@ try:
     from threadpoolctl import threadpool_info, threadpool_limits
     from tqdm import tqdm
 except Exception as error:  # A package is missing, or rejects a setting such as MPLBACKEND.
-    sys.exit(f"error: {error}; the packages are installed by: pip install -r requirements.txt")
+    message = " ".join(str(error).split())  # onto one line
+    sys.exit(f"error: {message}; install the packages with: pip install -r requirements.txt")
 except KeyboardInterrupt:  # These imports take long enough for a user to press Ctrl-C.
     print("interrupted", file=sys.stderr)
     sys.exit(130)
@@ -44,23 +45,24 @@ except KeyboardInterrupt:  # These imports take long enough for a user to press 
 
 @dataclass(frozen=True)
 class Settings:
-    """The hyperparameters of a run. Together with the data, they determine its result."""
+    """The hyperparameters of a run. With the data, they determine its result up to rounding."""
 
     # Passes over the training images.
     epochs: int = 100
     # Images per mini-batch.
     batch_size: int = 128
-    # Peak learning rate. It is large because averaging the loss over 784 pixels makes the
-    # gradients small.
+    # Peak learning rate: used in the first half of the run, before it falls linearly to 0. It is
+    # large because averaging the loss over 784 pixels makes the gradients small.
     learning_rate: float = 8.0
     # Momentum coefficient. At 0.98, the velocity is roughly the sum of the last 50 gradients.
     momentum: float = 0.98
-    # Gradients with a larger norm are scaled down to this one. Few are that large, but one large
-    # step could push all outputs out of [0, 1], where the gradient is 0 and learning stops.
+    # Gradient clipping: a gradient with a larger norm is scaled down to this norm. Few are that
+    # large, but one large step could push z, of which the output is clip(z, 0, 1), out of [0, 1]
+    # for every pixel. There its gradient is 0, so that learning would stop.
     max_gradient_norm: float = 0.005
     # Weight decay. It is divided by the number of images, as larger sets need less regularisation.
     weight_decay: float = 0.006
-    # Seed of the random numbers: the initial weights and the order of the images in every epoch.
+    # Seed for the random number generator, which draws the initial weights and shuffles the images.
     seed: int = 0
 
 
@@ -73,7 +75,7 @@ def elu(z):
 
 
 def elu_derivative(a):
-    """elu'(z) in terms of a = elu(z): 1 where a > 0, a + 1 elsewhere."""
+    """elu'(z) in terms of a = elu(z), as z is not kept: 1 where a > 0, a + 1 elsewhere."""
     return np.minimum(a, 0) + 1
 
 
@@ -97,7 +99,6 @@ def clip_derivative(a):
     return (a > 0) & (a < 1)
 
 
-# The derivatives take the activation a = f(z), because the forward pass does not keep z.
 Layer = namedtuple("Layer", ["inputs", "outputs", "activation", "derivative"])
 LAYERS = (
     Layer(784, 512, elu, elu_derivative),
@@ -122,9 +123,9 @@ class Autoencoder:
 
         loss = sum((a_6 - x)^2) / (784 n)
 
-    The output layer clips to [0, 1], because four fifths of MNIST's pixels are exactly 0. The
-    gradient of a clipped output is 0, so an output learns only from images for which it is not
-    clipped.
+    The output layer clips to [0, 1], because four fifths of MNIST's pixels are exactly 0. No
+    gradient flows through a clipped output, so an output learns only from images for which it is
+    not clipped.
 
     Weights are drawn from a normal distribution with variance 2 / inputs (He et al. 2015,
     arxiv.org/abs/1502.01852); biases start at 0. The output layer is different: its weights start
@@ -134,9 +135,9 @@ class Autoencoder:
 
     Args:
         mean_image: mean of the training images, shape (784,), pixels in [0, 1].
-        seed: seed of the initial weights.
-        layers: the layers from input to output.
-        dtype: float32, or float64 to check gradients (which is also why `layers` can be changed).
+        seed: seed for the initial weights.
+        layers: the layers from input to output. Smaller ones can be used to check gradients.
+        dtype: float32, or float64 to check gradients.
 
     Attributes:
         parameters: all weights and biases in one vector.
@@ -186,9 +187,9 @@ class Autoencoder:
     def backward(self, activations: list[np.ndarray], images: np.ndarray) -> np.ndarray:
         """The gradient of the loss with respect to `parameters`, as a vector of the same layout.
 
-        `activations` is the result of forward(images). Write da_k for dloss/da_k, dz_k for
-        dloss/dz_k and * for the elementwise product. The chain rule gives da_6 and then, for
-        k = 5 ... 0, the other derivatives:
+        `activations` is the result of forward(images), and x is `images`. Write da_k for
+        dloss/da_k, dz_k for dloss/dz_k and * for the elementwise product. The chain rule gives
+        da_6 and then, for k = 5 ... 0, the other derivatives:
 
             da_6       = 2 (a_6 - x) / (784 n)
             dz_(k+1)   = da_(k+1) * f_k'(z_(k+1))
@@ -198,7 +199,7 @@ class Autoencoder:
         """
         weights, _ = self.split(self.parameters)
         gradient = np.empty_like(self.parameters)
-        weight_gradients, bias_gradients = self.split(gradient)
+        weight_gradients, bias_gradients = self.split(gradient)  # views, filled below
         da = 2 / images.size * (activations[-1] - images)
         for k in reversed(range(len(self.layers))):
             dz = da * self.layers[k].derivative(activations[k + 1])
@@ -224,7 +225,7 @@ class Autoencoder:
         return self.apply_layers(x.reshape(-1, 784) - self.mean_image, 0, self.code_index)[-1]
 
     def decode(self, codes) -> np.ndarray:
-        """The images (n, 784), pixels in [0, 1], that latent codes (n, 128) stand for."""
+        """The images (n, 784), pixels in [0, 1], decoded from latent codes (n, 128)."""
         codes = np.asarray(codes, self.parameters.dtype)
         return self.apply_layers(codes, self.code_index, len(self.layers))[-1]
 
@@ -240,7 +241,7 @@ def to_pixels(images: np.ndarray) -> np.ndarray:
 
 
 def mean_squared_error(outputs: np.ndarray, images: np.ndarray) -> float:
-    """The mean of (outputs - images)^2 over all images and pixels."""
+    """The mean of (outputs - images)^2 over all images and pixels, both in [0, 1]."""
     return float(np.mean(np.square(outputs - images)))
 
 
@@ -256,7 +257,7 @@ def default_learning_rate(batch_size: int) -> float:
 
 
 def scheduled_learning_rate(step: int, total_steps: int, peak: float) -> float:
-    """The learning rate of a step, 0 ... total_steps - 1."""
+    """The learning rate of a step. Steps count from 0 to total_steps - 1."""
     # In the first half of the run, it is constant.
     if step < total_steps / 2:
         return peak
@@ -265,7 +266,7 @@ def scheduled_learning_rate(step: int, total_steps: int, peak: float) -> float:
 
 
 # The three vectors in an update are 4.5 MB each. Blocks of 256 KB stay in the processor's cache
-# from one statement to the next, which makes a whole training step about a tenth faster.
+# from one statement to the next, which makes a whole training step about 10 % faster.
 BLOCK_SIZE = 65_536  # numbers of type float32
 
 
@@ -277,8 +278,10 @@ def sgd_step(parameters, velocity, gradient, learning_rate, momentum, max_norm, 
         v          <- momentum * (v + g)
         parameters <- parameters - learning_rate * (g + v)
 
-    This is Nesterov momentum (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html) in
-    the form used by torch.optim.SGD, whose momentum buffer is v / momentum.
+    Nesterov momentum takes the gradient not at the current point but where the velocity is about to
+    move it (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). Here, `parameters`
+    is already there: subtracting learning_rate * v makes the velocity's next move in advance.
+    torch.optim.SGD does the same; v is momentum times its momentum buffer.
     """
     norm = float(np.linalg.norm(gradient))
     if norm > max_norm:
@@ -296,20 +299,22 @@ def sgd_step(parameters, velocity, gradient, learning_rate, momentum, max_norm, 
 
 
 def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Settings) -> float:
-    """Train for one epoch, 1 ... settings.epochs, on uint8 images (n, 784).
+    """Train for one epoch on uint8 images (n, 784). `epoch` counts from 1 to settings.epochs.
 
     model.parameters and velocity, a vector of the same layout, are updated in place. Returns the
     training loss averaged over the epoch, each mini-batch measured before its step.
     """
     batch_starts = range(0, len(images), settings.batch_size)
     total_steps = settings.epochs * len(batch_starts)
+    first_step = (epoch - 1) * len(batch_starts)
     # Every epoch seeds its own generator, so that a resumed run shuffles exactly like one that was
-    # never interrupted. Epochs count from 1: NumPy treats the seed (s, 0) like s, which has already
-    # drawn the initial weights.
+    # never interrupted. Epochs count from 1, because NumPy treats the seed (s, 0) like s, the seed
+    # for the initial weights.
     order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
     loss_sum = 0.0
-    for step, start in enumerate(batch_starts, start=(epoch - 1) * len(batch_starts)):
-        batch = to_pixels(images[order[start : start + settings.batch_size]])
+    for step, batch_start in enumerate(batch_starts, first_step):
+        chosen = order[batch_start : batch_start + settings.batch_size]
+        batch = to_pixels(images[chosen])
         activations = model.forward(batch)
         gradient = model.backward(activations, batch)
         sgd_step(
@@ -325,8 +330,8 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
     return loss_sum / len(images)
 
 
-# The lesson ends here. The rest loads the data, saves the run, draws plots and parses the command
-# line.
+# This was the network and how it learns. The rest loads the data, saves the run, draws the plots
+# and parses the command line.
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -339,7 +344,7 @@ class Dataset:
     """Training and test images, as uint8 arrays."""
 
     name: str
-    images: np.ndarray  # shape (n, 784)
+    images: np.ndarray  # the training images, shape (n, 784)
     test_images: np.ndarray  # shape (m, 784)
     test_labels: np.ndarray  # shape (m,), digits 0 to 9
     description: str  # name, number of images and checksum
@@ -362,14 +367,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError as error:  # which may name the temporary file, or none
+    except OSError as error:
+        # The message may name the temporary file, or none; name `path` instead.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def present_files(folder: Path) -> list[str]:
-    """The MNIST files present in a folder, whether compressed or not. Raises OSError."""
+    """The MNIST files present in a folder, compressed or not. Raises OSError."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -411,7 +417,8 @@ def read_array(path: Path) -> np.ndarray:
             return read_idx(str(path)).numpy()
         with tempfile.TemporaryDirectory() as temporary:
             extracted = Path(temporary) / path.name
-            # wbits=31 means gzip, whose own module would raise an OSError for a damaged file.
+            # wbits=31 means gzip. The gzip module is not used, because it can raise an OSError for
+            # a damaged file, which would look like a file that cannot be read.
             extracted.write_bytes(zlib.decompress(source.read_bytes(), wbits=31))
             return read_idx(str(extracted)).numpy()
     except (OSError, MemoryError):
@@ -429,7 +436,7 @@ def read_dataset(name: str, folder: Path) -> Dataset:
         if x.dtype != np.uint8 or y.dtype != np.uint8 or x.shape != (*y.shape, 28, 28):
             found = f"{x.dtype} images {x.shape} with {y.dtype} labels {y.shape}"
             raise InputError(f"{folder} holds {found}, which is not MNIST: use another --data-dir")
-        if (x == x[:1]).all():
+        if (x == x[:1]).all():  # There is nothing to learn, and PCA would divide by 0.
             raise InputError(f"{folder} holds only identical images: use another --data-dir")
         if y.max() > 9:
             raise InputError(f"{folder} holds a label of {y.max()}: use another --data-dir")
@@ -446,8 +453,9 @@ def read_dataset(name: str, folder: Path) -> Dataset:
 def load_data(choice: str, data_dir: Path) -> Dataset:
     """The data set for --dataset: "mnist", "sample", or "auto" for MNIST if it is available.
 
-    MNIST is read from data_dir or data_dir/MNIST/raw, after missing files have been downloaded. If
-    all are missing and the download fails, "auto" falls back to the sample.
+    MNIST is read from data_dir/MNIST/raw, or from data_dir if that holds more of the files, after
+    missing files have been downloaded. If all are missing and the download fails, "auto" falls back
+    to the sample.
 
     Raises OSError, or InputError if the data are unusable or unavailable.
     """
@@ -461,9 +469,10 @@ def load_data(choice: str, data_dir: Path) -> Dataset:
         except Exception as error:  # A download can fail in many ways.
             missing = ", ".join(file for file in FILES if file not in present)
             reason = " ".join(f"{type(error).__name__}: {error}".split())  # onto one line
-            problem = f"{missing} cannot be downloaded to {folder} ({reason})"
+            problem = f"{missing} could not be downloaded to {folder} ({reason})"
             if choice == "mnist" or present:
-                raise InputError(f"{problem}: use another --data-dir") from error
+                advice = "try again, or use a --data-dir that contains the files"
+                raise InputError(f"{problem}: {advice}") from error
             print(f"warning: {problem}; using a sample of 5,000 images instead", file=sys.stderr)
             return read_dataset("a sample of MNIST", SAMPLE_FOLDER)
     return read_dataset("MNIST", folder)
@@ -474,13 +483,13 @@ def load_data(choice: str, data_dir: Path) -> Dataset:
 class Baselines:
     """Test losses to compare the network with."""
 
-    mean_image_loss: float  # with the mean training image as every reconstruction
-    pca_loss: float  # with the reconstructions of PCA, the best linear method
+    mean_image_loss: float  # if every image is reconstructed as the mean training image
+    pca_loss: float  # if images are reconstructed by PCA, the best linear method
     pca: object  # scikit-learn's PCA, fitted to the training images
 
 
 def compute_baselines(dataset: Dataset) -> Baselines:
-    """Fit PCA with a code of 128 numbers, or of fewer if there are fewer training images."""
+    """Fit PCA with a code of 128 numbers, or fewer if there are fewer training images."""
     from sklearn.decomposition import PCA  # here, because scikit-learn takes a second to import
 
     test_pixels = to_pixels(dataset.test_images)
@@ -504,7 +513,7 @@ class Run:
     velocity: np.ndarray  # a vector with the layout of model.parameters
     losses: list[list[float]]  # training loss and test loss of every epoch
     log: str  # the text of training_log.txt so far
-    machine: str  # what computed the last epoch; see describe_machine
+    machine: str  # the machine that computed the last epoch; see describe_machine
 
 
 def new_run(settings: Settings, dataset: Dataset, baselines: Baselines) -> Run:
@@ -527,7 +536,8 @@ PLOTS = ("loss_curve.png", "latent_space.png", "reconstructions.png")
 def save_run(run: Run, output: Path) -> None:
     """Write model.npz and training_log.txt to the output directory. Raises OSError.
 
-    Plots are removed, because they may be of another run. They are drawn after the last epoch.
+    Existing plots are removed, because they may be from another run. New ones are drawn after the
+    last epoch.
     """
     metadata = {
         "settings": asdict(run.settings),
@@ -551,7 +561,7 @@ def save_run(run: Run, output: Path) -> None:
 
 
 def prepare_output(output: Path, run: Run) -> None:
-    """Create the output directory and restore the files of a run that is resumed.
+    """Create the output directory and restore the files of a resumed run.
 
     Raises OSError, or InputError if the directory is not writable.
     """
@@ -576,21 +586,23 @@ def load_run(path: str | Path) -> Run:
             metadata = json.loads(str(file["metadata"]))
             settings = Settings(**metadata.pop("settings"))
             model = Autoencoder(file["mean_image"])
+            # What is left in metadata: data, losses, log and machine.
             run = Run(settings=settings, model=model, velocity=file["velocity"], **metadata)
-            size = model.parameters.size
+            expected_shape = model.parameters.shape
             model.parameters = file["parameters"]
-            if model.parameters.shape != (size,) or run.velocity.shape != (size,):
+            if model.parameters.shape != expected_shape or run.velocity.shape != expected_shape:
                 raise ValueError("an array has the wrong shape")
         return run
     except MemoryError:
         raise
     except Exception as error:  # NumPy, zipfile and json raise many types of exception.
-        problem = f"{path} is damaged or of another version of this script ({type(error).__name__})"
-        raise InputError(f"{problem}: train a new run, without --resume") from error
+        problem = f"{path} is damaged or from another version of this script"
+        advice = "run without --resume to start a new run"
+        raise InputError(f"{problem} ({type(error).__name__}): {advice}") from error
 
 
 def resume_run(output: Path, settings: Settings, dataset: Dataset) -> Run:
-    """Read a run to continue it.
+    """Load the run in the output directory, in order to continue it.
 
     Raises OSError, or InputError if there is none or its settings or data differ.
     """
@@ -610,8 +622,8 @@ def resume_run(output: Path, settings: Settings, dataset: Dataset) -> Run:
 
 def number_of_threads() -> int:
     """The number of threads for NumPy's matrix products."""
-    # More than 8 do not help at this size. joblib counts the cores that this process may use, and
-    # num_threads reflects variables such as OPENBLAS_NUM_THREADS.
+    # More than 8 threads do not help at this size. joblib counts the cores that this process may
+    # use, and num_threads reflects variables such as OPENBLAS_NUM_THREADS.
     return min(8, joblib.cpu_count(), *(pool["num_threads"] for pool in threadpool_info()))
 
 
@@ -621,7 +633,7 @@ def describe_machine(threads: int) -> str:
     cpuinfo = Path("/proc/cpuinfo")  # on Linux, where platform.processor() is often empty
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     processor = text.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
-    # OpenBLAS chooses its kernels by microarchitecture, which a processor's name does not tell.
+    # OpenBLAS chooses its kernels by microarchitecture, which the processor's name may not reveal.
     kinds = {pool["architecture"] for pool in threadpool_info() if "architecture" in pool}
     processor = " ".join([processor, *sorted(kinds)])
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
@@ -634,14 +646,15 @@ def note_machine(run: Run, machine: str) -> None:
     if machine == run.machine or epoch > run.settings.epochs:
         return
     if run.losses:
-        change = f"epoch {epoch - 1} ran on {run.machine}, continuing on {machine}"
-        print(f"warning: {change}; results may no longer be bit-identical", file=sys.stderr)
+        change = f"epoch {epoch - 1} ran on {run.machine}; continuing on {machine}"
+        effect = "so results may no longer be bit-identical to those of an uninterrupted run"
+        print(f"warning: {change}, {effect}", file=sys.stderr)
     run.machine = machine
     run.log += f"# From epoch {epoch} on: {machine}\n"
 
 
-# Before training, the test loss is that of the mean image. If it exceeds this multiple of that,
-# training has diverged.
+# The untrained network's test loss is that of the mean image. If the test loss exceeds that of the
+# mean image by this factor, training has diverged or, on very few images, overfitted.
 DIVERGENCE_FACTOR = 1.01
 
 
@@ -693,21 +706,22 @@ def plot_losses(losses: list[list[float]], baselines: Baselines, name: str) -> F
     shown = np.clip([*training, *test, baselines.pca_loss], 1e-6, None)
     axes.set_ylim(min(shown) / 1.6, max(shown) * 1.6)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
-    # There is always a tick, as the range is at least 1.6 * 1.6 and ticks differ by at most 2.5.
+    # There is always a tick: the limits are at least a factor of 1.6 * 1.6 = 2.56 apart, and
+    # neighbouring ticks at most a factor of 2.5.
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    # The final losses are written at the right edge: the larger one above its point, so that its
-    # point is at the bottom of the text, and the smaller one below.
-    sides = ("top", "bottom") if training[-1] < test[-1] else ("bottom", "top")
+    # The final losses are written at the right edge, the larger one above its point (with the
+    # bottom of the text at the point) and the smaller one below.
+    alignments = ("top", "bottom") if training[-1] < test[-1] else ("bottom", "top")
     edge = axes.get_yaxis_transform()  # x in units of the axes, y in units of the data
-    for loss, color, side in zip(losses[-1], ("C0", "C1"), sides, strict=True):
-        axes.text(1.01, loss, f"{loss:.5f}", color=color, va=side, transform=edge)
+    for loss, color, alignment in zip(losses[-1], ("C0", "C1"), alignments, strict=True):
+        axes.text(1.01, loss, f"{loss:.5f}", color=color, va=alignment, transform=edge)
     return figure
 
 
 def spread_out(points: np.ndarray, distance: float) -> np.ndarray:
-    """Push points (n, 2) apart in 100 passes, until hardly any two are closer than `distance`."""
+    """Push points (n, 2) apart, so that hardly any two are closer than `distance`."""
     # A tiny random offset separates points that coincide.
     points = points + np.random.default_rng(0).normal(0, 1e-6 * distance, points.shape)
     for _ in range(100):
@@ -738,7 +752,7 @@ def plot_latent_space(codes: np.ndarray, labels: np.ndarray, name: str) -> Figur
     order = np.random.default_rng(0).permutation(len(points))  # so that no digit hides another
     colors = [f"C{digit}" for digit in labels[order]]
     axes.scatter(*points[order].T, s=5, c=colors, alpha=0.6, linewidths=0)
-    # Ten colours are hard to tell apart, so each digit is written at the median of its points.
+    # Ten colours are hard to tell apart, so each digit is written near the median of its points.
     digits = np.unique(labels)
     medians = np.array([np.median(points[labels == digit], axis=0) for digit in digits])
     positions = spread_out(medians, distance=np.ptp(points, axis=0).max() / 18)
@@ -768,7 +782,7 @@ def plot_reconstructions(dataset: Dataset, outputs: np.ndarray, pca) -> Figure:
     figure = Figure(figsize=(10, 5.7), dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     figure.suptitle(
-        f"Test images of {dataset.name} and their reconstructions from 128-number codes"
+        f"Test images of {dataset.name} and their reconstructions from 128-dimensional codes"
     )
     figure.supxlabel("the first image of each digit; errors from -0.5 (blue) to 0.5 (red)")
     grid = figure.subplots(len(rows), len(digits), squeeze=False)
@@ -817,10 +831,10 @@ def number(kind: type, low: float, high: float):
 
 EPILOG = """\
 files in the output directory:
-  training_log.txt           settings and losses of every epoch
+  training_log.txt           settings, and the losses of every epoch
   plots/loss_curve.png       plot of the losses
   plots/latent_space.png     latent codes of the test images in two dimensions
-  plots/reconstructions.png  test images beside their reconstructions
+  plots/reconstructions.png  test images above their reconstructions
   model.npz                  the trained network, for --resume and for load_run in Python
 
 example (in a separate directory, so that earlier results are kept):
@@ -880,8 +894,8 @@ def choose_settings(arguments: argparse.Namespace, image_count: int) -> Settings
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit status.
 
-    It is 0 on success, 1 if training diverges, memory runs out or a file cannot be written, 2 for
-    invalid input, and 130 after Ctrl-C.
+    It is 0 on success, 1 if training diverges, memory runs out, a package is missing or a file
+    cannot be written, 2 for invalid input, and 130 after Ctrl-C.
     """
     if sys.stderr is None:  # stderr was closed, but tqdm and torchvision would write to it.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -918,6 +932,7 @@ def main(argv: list[str] | None = None) -> int:
         message = f"error: {error}"
     except (MemoryError, ImportError, FloatingPointError) as error:
         status = 1
+        # A MemoryError may have no message.
         message = f"error: {str(error) or 'not enough memory'}"
     print(" ".join(message.splitlines()), file=sys.stderr)
     return status

@@ -61,7 +61,7 @@ def test_ctrl_c_keeps_the_whole_epochs_and_resume_ends_like_an_unbroken_run(
     assert result_of(tmp_path) == result_of(whole)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a console's Ctrl-C can't be sent to one child")
+@pytest.mark.skipif(sys.platform == "win32", reason="a console's Ctrl-C reaches every process")
 def test_ctrl_c_as_the_user_presses_it(tmp_path):
     options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # as in a shell
     process = start("--dataset", "sample", "--output-dir", tmp_path, **options)
@@ -186,12 +186,18 @@ def test_plots_are_never_of_another_run_than_the_log(small, tmp_path, monkeypatc
     (tmp_path / "plots" / "mine.png").write_bytes(b"mine")
     before = snapshot(tmp_path)
     assert interrupt_at(monkeypatch, 2, arguments).status == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full_disk(os.replace, 1))
+        assert call(*arguments).status == 1
     assert snapshot(tmp_path) == before
-    assert interrupt_at(monkeypatch, 7, arguments).status == 130
-    assert read_log(tmp_path) != before["training_log.txt"].decode()
-    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["mine.png"]
+    for resume in ([], ["--resume"]):
+        (tmp_path / "plots" / "loss_curve.png").write_bytes(b"of another run")
+        assert interrupt_at(monkeypatch, 7, [*arguments, *resume]).status == 130
+        assert read_log(tmp_path) != before["training_log.txt"].decode()
+        assert [path.name for path in (tmp_path / "plots").iterdir()] == ["mine.png"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="cannot replace a file that is being read")
 def test_two_runs_in_one_folder_both_end_and_the_model_is_always_whole(small, tmp_path):
     processes = [start(*small[0], "--output-dir", tmp_path) for _ in range(2)]
     reads = 0
@@ -277,22 +283,17 @@ class Boom:
 RUBBISH = {
     "empty": lambda content: b"",
     "text": lambda content: b"not a zip file\n" * 100,
-    "half": lambda content: content[: len(content) // 2],
     "no end": lambda content: content[:-30],
-    "no start": lambda content: content[1000:],
     "flipped parameter": lambda content: flip(content, len(content) // 4),
     "flipped velocity": lambda content: flip(content, len(content) * 3 // 4),
     "flipped bit of a shape": lambda content: b"(1132940,)".join(content.rsplit(b"(1132944,)", 1)),
     "npy": lambda content: zipfile.ZipFile(io.BytesIO(content)).read("parameters.npy"),
     "no parameters": lambda content: repack(content, parameters=None),
-    "no mean image": lambda content: repack(content, mean_image=None),
     "no velocity": lambda content: repack(content, velocity=None),
-    "one parameter": lambda content: repack(content, parameters=np.zeros(1, np.float32)),
     "too few parameters": lambda content: repack(content, parameters=np.zeros(1000, np.float32)),
     "pickle": lambda content: repack(content, parameters=np.array([Boom()], object)),
     "no metadata": lambda content: repack(content, metadata=None),
     "metadata are no JSON": lambda content: repack(content, metadata="{"),
-    "metadata are a number": lambda content: repack(content, metadata="3"),
     "metadata nest deeply": lambda content: repack(content, metadata="[" * 50_000),
     "other settings": lambda content: repack(content, metadata='{"settings": {"rate": 4}}'),
 }
