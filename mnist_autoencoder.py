@@ -35,9 +35,11 @@ try:
     from matplotlib.figure import Figure
     from threadpoolctl import threadpool_info, threadpool_limits
     from tqdm import tqdm
-except Exception as error:  # A package is missing, or rejects a setting such as MPLBACKEND.
+except ImportError as error:
     message = " ".join(str(error).split())  # onto one line
     sys.exit(f"error: {message}; install the packages with: pip install -r requirements.txt")
+except ValueError as error:  # Matplotlib rejects a setting such as MPLBACKEND.
+    sys.exit(f"error: {error}")
 except KeyboardInterrupt:  # These imports take long enough for a user to press Ctrl-C.
     print("interrupted", file=sys.stderr)
     sys.exit(130)
@@ -45,7 +47,7 @@ except KeyboardInterrupt:  # These imports take long enough for a user to press 
 
 @dataclass(frozen=True)
 class Settings:
-    """The hyperparameters of a run. With the data, they determine its result up to rounding."""
+    """The hyperparameters, which together with the data determine a result up to rounding."""
 
     # Passes over the training images.
     epochs: int = 100
@@ -57,8 +59,8 @@ class Settings:
     # Momentum coefficient. At 0.98, the velocity is roughly the sum of the last 50 gradients.
     momentum: float = 0.98
     # Gradient clipping: a gradient with a larger norm is scaled down to this norm. Few are that
-    # large, but one large step could push z, of which the output is clip(z, 0, 1), out of [0, 1]
-    # for every pixel. There its gradient is 0, so that learning would stop.
+    # large, but a single large step could push the last layer below 0 or above 1 for every pixel,
+    # where its activation function is flat. All gradients would be 0, and learning would stop.
     max_gradient_norm: float = 0.005
     # Weight decay. It is divided by the number of images, as larger sets need less regularisation.
     weight_decay: float = 0.006
@@ -241,7 +243,7 @@ def to_pixels(images: np.ndarray) -> np.ndarray:
 
 
 def mean_squared_error(outputs: np.ndarray, images: np.ndarray) -> float:
-    """The mean of (outputs - images)^2 over all images and pixels, both in [0, 1]."""
+    """The mean of (outputs - images)^2 over all images and pixels. Pixels lie in [0, 1]."""
     return float(np.mean(np.square(outputs - images)))
 
 
@@ -257,7 +259,7 @@ def default_learning_rate(batch_size: int) -> float:
 
 
 def scheduled_learning_rate(step: int, total_steps: int, peak: float) -> float:
-    """The learning rate of a step. Steps count from 0 to total_steps - 1."""
+    """The learning rate of a step. Steps are numbered from 0 to total_steps - 1."""
     # In the first half of the run, it is constant.
     if step < total_steps / 2:
         return peak
@@ -266,8 +268,8 @@ def scheduled_learning_rate(step: int, total_steps: int, peak: float) -> float:
 
 
 # The three vectors in an update are 4.5 MB each. Blocks of 256 KB stay in the processor's cache
-# from one statement to the next, which makes a whole training step about 10 % faster.
-BLOCK_SIZE = 65_536  # numbers of type float32
+# from one statement to the next, which makes a whole training step about 10% faster.
+BLOCK_SIZE = 65_536  # float32 values
 
 
 def sgd_step(parameters, velocity, gradient, learning_rate, momentum, max_norm, weight_decay):
@@ -278,10 +280,11 @@ def sgd_step(parameters, velocity, gradient, learning_rate, momentum, max_norm, 
         v          <- momentum * (v + g)
         parameters <- parameters - learning_rate * (g + v)
 
-    Nesterov momentum takes the gradient not at the current point but where the velocity is about to
-    move it (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). Here, `parameters`
-    is already there: subtracting learning_rate * v makes the velocity's next move in advance.
-    torch.optim.SGD does the same; v is momentum times its momentum buffer.
+    Nesterov momentum evaluates the gradient at a look-ahead point, to which the velocity is about
+    to carry the parameters (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html).
+    Here, `parameters` stores that look-ahead point: the update subtracts learning_rate * g for the
+    new gradient and learning_rate * v to look ahead again. Apart from the clipping, this is
+    torch.optim.SGD with nesterov=True, whose momentum buffer is v / momentum.
     """
     norm = float(np.linalg.norm(gradient))
     if norm > max_norm:
@@ -299,7 +302,7 @@ def sgd_step(parameters, velocity, gradient, learning_rate, momentum, max_norm, 
 
 
 def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Settings) -> float:
-    """Train for one epoch on uint8 images (n, 784). `epoch` counts from 1 to settings.epochs.
+    """Train for one epoch, numbered from 1 to settings.epochs, on uint8 images (n, 784).
 
     model.parameters and velocity, a vector of the same layout, are updated in place. Returns the
     training loss averaged over the epoch, each mini-batch measured before its step.
@@ -308,8 +311,8 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
     total_steps = settings.epochs * len(batch_starts)
     first_step = (epoch - 1) * len(batch_starts)
     # Every epoch seeds its own generator, so that a resumed run shuffles exactly like one that was
-    # never interrupted. Epochs count from 1, because NumPy treats the seed (s, 0) like s, the seed
-    # for the initial weights.
+    # never interrupted. Epochs are numbered from 1: NumPy treats the seed (s, 0) like s, which is
+    # already in use for the initial weights.
     order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
     loss_sum = 0.0
     for step, batch_start in enumerate(batch_starts, first_step):
@@ -330,8 +333,8 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
     return loss_sum / len(images)
 
 
-# This was the network and how it learns. The rest loads the data, saves the run, draws the plots
-# and parses the command line.
+# That is all of the network and its training. The rest loads the data, saves the run, draws the
+# plots and parses the command line.
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -368,7 +371,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        # The message may name the temporary file, or none; name `path` instead.
+        # The error may name the temporary file or no file at all; name `path` instead.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -453,9 +456,9 @@ def read_dataset(name: str, folder: Path) -> Dataset:
 def load_data(choice: str, data_dir: Path) -> Dataset:
     """The data set for --dataset: "mnist", "sample", or "auto" for MNIST if it is available.
 
-    MNIST is read from data_dir/MNIST/raw, or from data_dir if that holds more of the files, after
-    missing files have been downloaded. If all are missing and the download fails, "auto" falls back
-    to the sample.
+    MNIST is read from data_dir/MNIST/raw, or from data_dir if that holds more of the files. Missing
+    files are first downloaded to that folder. If all are missing and the download fails, "auto"
+    falls back to the sample.
 
     Raises OSError, or InputError if the data are unusable or unavailable.
     """
@@ -683,7 +686,7 @@ def train(run: Run, dataset: Dataset, baselines: Baselines, output: Path) -> Non
         with tqdm.external_write_mode():  # above the progress bar
             print(line, flush=True)
     if run.losses[-1][1] > baselines.mean_image_loss / 2:
-        problem = "the test loss is still more than half of the mean image's"
+        problem = "the test loss is still more than half the loss of the mean image"
         print(f"warning: {problem}; train longer or try another --lr", file=sys.stderr)
 
 
@@ -703,6 +706,7 @@ def plot_losses(losses: list[list[float]], baselines: Baselines, name: str) -> F
     axes.set_title(f"Loss on {name} (mean image: {baselines.mean_image_loss:.4f})")
     axes.set(xlabel="epoch", ylabel="mean squared error", yscale="log")
     axes.set_xlim(0.5, len(losses) + 0.5)
+    # A logarithmic axis has no place for a loss of 0.
     shown = np.clip([*training, *test, baselines.pca_loss], 1e-6, None)
     axes.set_ylim(min(shown) / 1.6, max(shown) * 1.6)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
@@ -714,7 +718,7 @@ def plot_losses(losses: list[list[float]], baselines: Baselines, name: str) -> F
     # The final losses are written at the right edge, the larger one above its point (with the
     # bottom of the text at the point) and the smaller one below.
     alignments = ("top", "bottom") if training[-1] < test[-1] else ("bottom", "top")
-    edge = axes.get_yaxis_transform()  # x in units of the axes, y in units of the data
+    edge = axes.get_yaxis_transform()  # x in axes coordinates, y in data coordinates
     for loss, color, alignment in zip(losses[-1], ("C0", "C1"), alignments, strict=True):
         axes.text(1.01, loss, f"{loss:.5f}", color=color, va=alignment, transform=edge)
     return figure
@@ -744,7 +748,7 @@ def plot_latent_space(codes: np.ndarray, labels: np.ndarray, name: str) -> Figur
     first, second = pca.explained_variance_ratio_
     figure = Figure(figsize=(8, 7), dpi=150, layout="constrained")
     axes = figure.subplots()
-    view = f"2 of 128 principal components, which explain {first + second:.0%} of the variance"
+    view = f"2 of 128 principal components, explaining {first + second:.0%} of the variance"
     axes.set_title(f"Latent codes of the test images of {name}:\n{view}")
     axes.set_xlabel(f"first principal component ({first:.1%} of the variance)")
     axes.set_ylabel(f"second principal component ({second:.1%} of the variance)")
@@ -873,7 +877,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--dataset",
         choices=("auto", "mnist", "sample"),
         default="auto",
-        help="auto: mnist if it is available, otherwise the sample (default: auto)",
+        help="auto: all of MNIST if available, otherwise a sample of 5,000 images (default: auto)",
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     return parser.parse_args(argv)
@@ -894,8 +898,8 @@ def choose_settings(arguments: argparse.Namespace, image_count: int) -> Settings
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit status.
 
-    It is 0 on success, 1 if training diverges, memory runs out, a package is missing or a file
-    cannot be written, 2 for invalid input, and 130 after Ctrl-C.
+    It is 0 on success; 1 if training diverges, memory runs out, a package is missing or a file
+    cannot be written; 2 for invalid input; and 130 after Ctrl-C.
     """
     if sys.stderr is None:  # stderr was closed, but tqdm and torchvision would write to it.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115

@@ -60,7 +60,7 @@ def test_training_loss_is_the_mean_over_the_epochs_images(tmp_path, sample):
     loss = np.mean((sample.images / 255 - sample.images.mean(axis=0) / 255) ** 2)
     assert epochs(tmp_path)[0][0] == pytest.approx(loss, rel=1e-4)
     assert result.status == 0 and len(result.lines) == 1  # nothing was learned, which is told
-    assert "more than half of the mean image's" in result.err
+    assert "more than half the loss of the mean image" in result.err
 
 
 # The plots. --------------------------------------------------------------------------------------
