@@ -71,8 +71,8 @@ class Settings:
 # ---------------------------------------------------------------------------------------- network
 def elu(z):
     """z where z > 0, exp(z) - 1 elsewhere (Clevert et al. 2016, arxiv.org/abs/1511.07289)."""
-    # Where z > 0, the second argument is exp(0) - 1 = 0; elsewhere, it is never below z. Clipping
-    # at -80 does not change the result; it avoids subnormal numbers, which are slow.
+    # Where z > 0, maximum's second argument is exp(0) - 1 = 0; elsewhere, exp(z) - 1 is never below
+    # z. Clipping at -80 does not change the result; it avoids subnormal numbers, which are slow.
     return np.maximum(z, np.exp(np.clip(z, -80, 0)) - 1)
 
 
@@ -281,9 +281,10 @@ def sgd_step(parameters, velocity, gradient, learning_rate, momentum, max_norm, 
         parameters <- parameters - learning_rate * (g + v)
 
     Nesterov momentum evaluates the gradient at a look-ahead point, to which the velocity is about
-    to carry the parameters (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html).
-    Here, `parameters` stores that look-ahead point: the update subtracts learning_rate * g for the
-    new gradient and learning_rate * v to look ahead again. Apart from the clipping, this is
+    to carry the current point (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html).
+    Here, `parameters` stores that look-ahead point. The previous update has already subtracted
+    learning_rate * v for the old v, so this one subtracts only learning_rate * g for the gradient,
+    and then learning_rate * v for the new v, to look ahead again. Apart from the clipping, this is
     torch.optim.SGD with nesterov=True, whose momentum buffer is v / momentum.
     """
     norm = float(np.linalg.norm(gradient))
@@ -310,9 +311,9 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
     batch_starts = range(0, len(images), settings.batch_size)
     total_steps = settings.epochs * len(batch_starts)
     first_step = (epoch - 1) * len(batch_starts)
-    # Every epoch seeds its own generator, so that a resumed run shuffles exactly like one that was
-    # never interrupted. Epochs are numbered from 1: NumPy treats the seed (s, 0) like s, which is
-    # already in use for the initial weights.
+    # Every epoch seeds its own generator with (seed, epoch), so that a resumed run shuffles exactly
+    # like one that was never interrupted. Epochs are numbered from 1, because NumPy treats (s, 0)
+    # like s, and the seed itself is already in use for the initial weights.
     order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
     loss_sum = 0.0
     for step, batch_start in enumerate(batch_starts, first_step):
@@ -333,7 +334,7 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
     return loss_sum / len(images)
 
 
-# That is all of the network and its training. The rest loads the data, saves the run, draws the
+# That completes the network and its training. The rest loads the data, saves the run, draws the
 # plots and parses the command line.
 
 
@@ -457,8 +458,8 @@ def load_data(choice: str, data_dir: Path) -> Dataset:
     """The data set for --dataset: "mnist", "sample", or "auto" for MNIST if it is available.
 
     MNIST is read from data_dir/MNIST/raw, or from data_dir if that holds more of the files. Missing
-    files are first downloaded to that folder. If all are missing and the download fails, "auto"
-    falls back to the sample.
+    files are first downloaded to the chosen folder. If all are missing and the download fails,
+    "auto" falls back to the sample.
 
     Raises OSError, or InputError if the data are unusable or unavailable.
     """
@@ -469,6 +470,8 @@ def load_data(choice: str, data_dir: Path) -> Dataset:
     if len(present) < len(FILES):
         try:
             download_mnist(folder)
+        except ImportError:
+            raise
         except Exception as error:  # A download can fail in many ways.
             missing = ", ".join(file for file in FILES if file not in present)
             reason = " ".join(f"{type(error).__name__}: {error}".split())  # onto one line
@@ -657,7 +660,7 @@ def note_machine(run: Run, machine: str) -> None:
 
 
 # The untrained network's test loss is that of the mean image. If the test loss exceeds that of the
-# mean image by this factor, training has diverged or, on very few images, overfitted.
+# mean image by this factor, training has diverged.
 DIVERGENCE_FACTOR = 1.01
 
 
@@ -677,7 +680,7 @@ def train(run: Run, dataset: Dataset, baselines: Baselines, output: Path) -> Non
         test_loss = mean_squared_error(run.model.forward(test_pixels)[-1], test_pixels)
         seconds = time.perf_counter() - start
         if not test_loss <= DIVERGENCE_FACTOR * baselines.mean_image_loss:  # also catches NaN
-            problem = f"training diverged or overfitted: test loss {test_loss:.4f} in epoch {epoch}"
+            problem = f"training diverged: test loss {test_loss:.4f} in epoch {epoch}"
             raise FloatingPointError(f"{problem}; try an --lr below {run.settings.learning_rate:g}")
         line = f"Epoch {epoch}, Loss: {loss:.6f}, Test Loss: {test_loss:.6f}, Time: {seconds:.1f}s"
         run.losses.append([loss, test_loss])

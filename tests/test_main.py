@@ -156,19 +156,6 @@ def test_reconstructions_show_one_image_per_digit_its_outputs_and_errors(sample)
     assert rows == ["original", "autoencoder", "error", "PCA", "error"]
 
 
-def test_test_images_pass_through_the_network_once_for_all_plots(small, tmp_path, monkeypatch):
-    calls, apply_layers = [], script.Autoencoder.apply_layers
-
-    def record(model, a, first, end):
-        calls.append((len(a), first, end))
-        return apply_layers(model, a, first, end)
-
-    assert call(*small[0], "--output-dir", tmp_path).status == 0
-    monkeypatch.setattr(script.Autoencoder, "apply_layers", record)
-    assert call(*small[0], "--output-dir", tmp_path, "--resume").status == 0
-    assert calls == [(20, 0, 3), (20, 3, 6)]
-
-
 # Training. ---------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("no_plots")
 def test_same_seed_same_run_and_another_seed_another(small, tmp_path):

@@ -197,13 +197,8 @@ def test_all_kinds_of_images_give_the_same_codes():
 
 
 UNUSABLE = [np.zeros((2, 783), np.uint8), np.zeros(784, np.uint8), np.zeros((1, 28, 27)), [], 0.5]
-UNUSABLE += [
-    torch.zeros(2, 1, 28, 28),
-    np.full((1, 784), 2),
-    [[255] * 784],
-    np.full((1, 784), -0.1),
-]
-UNUSABLE += [np.full((1, 784), np.nan), [[0] * 784, [0]], "an image"]
+UNUSABLE += [torch.zeros(2, 1, 28, 28), [[255] * 784], [[0] * 784, [0]], "an image"]
+UNUSABLE += [np.full((1, 784), value) for value in (2, -0.1, np.nan)]
 
 
 @pytest.mark.parametrize("images", UNUSABLE)
