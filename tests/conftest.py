@@ -19,8 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import mnist_autoencoder as script  # noqa: E402
 
-NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]
-NAMES += ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+NAMES = list(script.FILES)
 EPOCH = re.compile(r"Epoch (\d+), Loss: (\d\.\d{6}), Test Loss: (\d\.\d{6}), Time: \d+\.\ds")
 
 

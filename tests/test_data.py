@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -51,9 +52,7 @@ def test_sample_is_part_of_mnists_training_images(mnist_dir, sample):
 @pytest.mark.parametrize("choice", ["auto", "mnist"])
 @pytest.mark.parametrize("place", ["", "MNIST/raw"])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_files_are_read_whatever_their_checksum_and_nothing_is_written(
-    tmp_path, choice, place, compressed
-):
+def test_any_files_are_read_and_nothing_is_written(tmp_path, choice, place, compressed):
     raw, original = write_idx(tmp_path / "data"), write_idx(tmp_path / "original")
     if compressed:
         compress(raw)
@@ -95,9 +94,7 @@ DAMAGED += [("archive", kind) for kind in ("cut", "empty", "wrong magic", "web p
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("damaged", "kind"), DAMAGED)
-def test_damaged_file_is_one_line_and_never_a_reason_to_take_the_sample(
-    tmp_path, name, damaged, kind
-):
+def test_damaged_file_is_no_reason_to_take_the_sample(tmp_path, name, damaged, kind):
     raw, end = write_idx(tmp_path / "data"), "" if damaged == "file" else ".gz"
     if damaged == "archive":
         compress(raw, [name])
@@ -294,11 +291,7 @@ def test_failed_download(tmp_path, mirror, monkeypatch, fault):
 
 def test_interrupted_download_leaves_nothing_behind(tmp_path, mirror, monkeypatch):
     mirror()
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupt)
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=KeyboardInterrupt))
     result = call("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
     assert (result.status, result.lines[-1]) == (130, "interrupted")
     assert not snapshot(tmp_path / "data")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -187,7 +188,9 @@ def test_every_step_gets_its_images_its_learning_rate_and_its_weight_decay(tmp_p
         assert call(*places, "--epochs", 3, "--batch-size", batch_size, *flags).status == 0
     # A mini-batch cannot be larger than the training set.
     assert [len(batch) for batch in batches] == [16, 16, 16, 2] * 6 + [50] * 3
-    images = script.to_pixels(script.load_data("mnist", tmp_path).images)
+    images = script.load_data("mnist", tmp_path).images
+    np.testing.assert_allclose(script.to_pixels(images), images / 255, rtol=1e-6)
+    images = script.to_pixels(images)
     shuffled = np.concatenate(batches).reshape(9, 50, 784)
     for epoch in shuffled:
         assert sorted(map(bytes, epoch)) == sorted(map(bytes, images))
@@ -213,9 +216,7 @@ def test_learning_is_safe_over_the_range_of_every_flag(tmp_path, flag, value, co
 
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("weight", [1e3, np.inf, np.nan])
-def test_divergence_stops_with_one_line_and_keeps_the_last_good_epoch(
-    small, tmp_path, monkeypatch, weight
-):
+def test_divergence_keeps_the_last_good_epoch(small, tmp_path, monkeypatch, weight):
     arguments, whole = [*small[0], "--output-dir", tmp_path], small[1]
     train_epoch = script.train_epoch
 
@@ -253,9 +254,7 @@ USAGE_ERRORS += [("--epoch", "5"), ("--frobnicate",), ("--lr",), ("stray",)]
 
 
 @pytest.mark.parametrize("arguments", USAGE_ERRORS)
-def test_bad_arguments_are_refused_before_anything_is_read_or_written(
-    tmp_path, monkeypatch, arguments
-):
+def test_bad_arguments_are_refused_before_anything_is_done(tmp_path, monkeypatch, arguments):
     monkeypatch.setattr(script, "load_data", None)
     result = call("--output-dir", tmp_path / "out", *arguments)
     assert (result.status, result.out, len(result.lines)) == (2, "", 2)
@@ -360,6 +359,18 @@ def test_requirements_are_those_of_the_inline_metadata_and_what_the_script_impor
     imported = set(re.findall(r"^ *(?:import|from) (\w+)", source, re.MULTILINE))
     names = {line.split(">=")[0].replace("scikit-learn", "sklearn") for line in required}
     assert imported - set(sys.stdlib_module_names) == names
+
+
+def test_commands_and_python_of_the_readme_run(sample_run, tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    shutil.copy(sample_run.directory / "model.npz", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for flags in re.findall(r"^python mnist_autoencoder.py (.+)", readme, re.MULTILINE):
+        assert call(*flags.split(), "--dataset", "sample").status == 0
+    assert (tmp_path / "trial" / "plots" / "loss_curve.png").exists()
+    (python,), names = re.findall(r"```python\n(.*?)```", readme, re.DOTALL), {}
+    exec(python, names)
+    assert names["codes"].shape == (5, 128) and names["outputs"].shape == (5, 784)
 
 
 def test_committed_log_is_of_the_default_run_on_all_of_mnist():

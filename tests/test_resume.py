@@ -46,9 +46,7 @@ def interrupt_at(monkeypatch, step, arguments):
 
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("step", [1, 5, 12, 16])
-def test_ctrl_c_keeps_the_whole_epochs_and_resume_ends_like_an_unbroken_run(
-    small, tmp_path, monkeypatch, step
-):
+def test_resumed_after_ctrl_c_ends_like_an_unbroken_run(small, tmp_path, monkeypatch, step):
     arguments, whole = [*small[0], "--output-dir", tmp_path], small[1]
     result = interrupt_at(monkeypatch, step, arguments)
     done = (step - 1) // 4  # the epoch that was under way is lost
@@ -145,9 +143,7 @@ OTHERS += [("edited", 9, "max_gradient_norm"), ("edited", 9, "weight_decay")]
 
 
 @pytest.mark.parametrize(("flag", "value", "name"), OTHERS)
-def test_other_settings_and_data_are_refused_with_both(
-    interrupted, tmp_path, monkeypatch, flag, value, name
-):
+def test_other_settings_are_refused(interrupted, tmp_path, monkeypatch, flag, value, name):
     arguments, out = interrupted
     before, choose = snapshot(out), script.choose_settings
     if flag == "--data-dir":
