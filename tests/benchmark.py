@@ -1,10 +1,10 @@
 """The script beside PyTorch and scikit-learn.
 
     python tests/benchmark.py step      a training step, on the sample (some minutes)
-    python tests/benchmark.py race      losses and times of several recipes (half an hour)
     python tests/benchmark.py growth    time and memory for 6,000 to 600,000 images (Linux)
+    python tests/benchmark.py race      losses and times of several recipes (hours)
 
-`race` and `growth` need all of MNIST, in `data` or where --data-dir says. Nothing else should run
+`growth` and `race` need MNIST, in `data` or where --data-dir says. Nothing else should run
 meanwhile. As the speed of machines drifts, contenders take turns, and times are ratios in a turn.
 """
 
@@ -15,48 +15,44 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from recipe import ROOT, print_head, print_machine, print_row, script, script_conditions
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import mnist_autoencoder as script  # noqa: E402
-
-SETTINGS = script.Settings(epochs=10)
-DECAY = SETTINGS.weight_decay / 60_000
-SEEDS = (0, 1, 2)
-TARGET = 0.0040  # the test loss to which epochs and time are counted
+SETTINGS = script.Settings()
 OURS = "this script"
-USUAL = "usual recipe in PyTorch"
 SAME = "the same recipe in PyTorch"
-ADAM_RATES = {f"the same with Adam, {rate:g}": rate for rate in (5e-4, 1e-3, 2e-3, 4e-3)}
-WARM_UP = 1000  # steps in which Adam's rate rises; without them, its losses are a tenth higher
+COMMON = "a common recipe"
+FULL_RACE = 10  # epochs of the race with all contenders
+FULL_RACE_ADAMS = [f"{rate}/{size}" for size in (128, 256) for rate in (25e-5, 5e-4, 1e-3, 2e-3)]
+TARGET = 0.0040  # the test loss to which a full race counts epochs and time
+WARM_UP = 1000  # steps in which Adam's rate rises, as its losses are higher without
 BURST = 60  # steps
 ROUNDS = 20
 
 
-def worker(*arguments):
+def start(*arguments):
     """Start a process that runs one of this file's workers."""
     command = [sys.executable, __file__, "--worker", *map(str, arguments)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, **pipes, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def answer(*arguments):
     """What a worker prints at last, as JSON."""
-    return json.loads(worker(*arguments).communicate()[0].splitlines()[-1])
+    return json.loads(start(*arguments).communicate()[0].splitlines()[-1])
 
 
-def median_and_range(values):
-    return f"{np.median(values):.2f} | {np.min(values):.2f} to {np.max(values):.2f}"
+def median_and_range(ratios):
+    text = f"{np.median(ratios):.2f}"
+    if np.ptp(ratios) > 0:
+        text += f" ({np.min(ratios):.2f} to {np.max(ratios):.2f})"
+    return text
 
 
 # PyTorch. ----------------------------------------------------------------------------------------
-def usual_network():
+def common_network():
     """ReLU, a sigmoid and nn.Linear's own initial weights; the input is not centred."""
     layers = []
     for layer in script.LAYERS:
@@ -81,9 +77,10 @@ def same_network(images, seed):
     return torch.nn.Sequential(*layers), torch.tensor(model.mean_image)
 
 
-def same_optimizer(network):
-    options = {"momentum": SETTINGS.momentum, "nesterov": True, "weight_decay": DECAY}
-    return torch.optim.SGD(network.parameters(), SETTINGS.learning_rate, fused=True, **options)
+def same_optimizer(network, image_count, settings):
+    options = {"lr": settings.learning_rate, "momentum": settings.momentum, "nesterov": True}
+    weight_decay = settings.weight_decay / image_count
+    return torch.optim.SGD(network.parameters(), weight_decay=weight_decay, fused=True, **options)
 
 
 def torch_step(network, mean, optimizer, max_norm=None, compiled=False):
@@ -109,15 +106,16 @@ def torch_step(network, mean, optimizer, max_norm=None, compiled=False):
 
 # A training step. --------------------------------------------------------------------------------
 def script_step(images):
+    weight_decay = SETTINGS.weight_decay / len(images)
     model = script.Autoencoder(images.mean(axis=0) / 255)
     velocity = np.zeros_like(model.parameters)
-    rates = (SETTINGS.learning_rate, SETTINGS.momentum, SETTINGS.max_gradient_norm, DECAY)
 
     def step(batch):
         pixels = script.to_pixels(batch)
         activations = model.forward(pixels)
         gradient = model.backward(activations, pixels)
-        script.sgd_step(model.parameters, velocity, gradient, *rates)
+        rate = SETTINGS.learning_rate
+        script.sgd_step(model.parameters, velocity, gradient, rate, weight_decay, SETTINGS)
         return script.mean_squared_error(activations[-1], pixels)
 
     return step
@@ -125,15 +123,18 @@ def script_step(images):
 
 def eager_step(images, compiled=False):
     network, mean = same_network(images, seed=0)
-    return torch_step(network, mean, same_optimizer(network), SETTINGS.max_gradient_norm, compiled)
+    optimizer = same_optimizer(network, len(images), SETTINGS)
+    return torch_step(network, mean, optimizer, SETTINGS.max_gradient_norm, compiled)
 
 
 def sklearn_step(images):
     from sklearn.neural_network import MLPRegressor
 
     sizes = [layer.outputs for layer in script.LAYERS[:-1]]
-    options = {"learning_rate_init": 0.01, "momentum": SETTINGS.momentum, "alpha": DECAY}
-    network = MLPRegressor(hidden_layer_sizes=sizes, solver="sgd", batch_size=128, **options)
+    options = {"learning_rate_init": 0.01, "momentum": SETTINGS.momentum, "solver": "sgd"}
+    alpha = SETTINGS.weight_decay / len(images)
+    size = SETTINGS.batch_size
+    network = MLPRegressor(hidden_layer_sizes=sizes, batch_size=size, alpha=alpha, **options)
 
     def step(batch):
         pixels = script.to_pixels(batch)
@@ -142,18 +143,22 @@ def sklearn_step(images):
     return step
 
 
+EAGER = "PyTorch, eager"
+COMPILED = "PyTorch, compiled"
 STEPS = {
     OURS: script_step,
-    "PyTorch eager": eager_step,
-    "PyTorch compiled": partial(eager_step, compiled=True),
-    "MLPRegressor (ReLU, linear output, no clipping)": sklearn_step,
+    EAGER: eager_step,
+    COMPILED: partial(eager_step, compiled=True),
+    "scikit-learn's `MLPRegressor` (ReLU, linear output, no gradient clipping)": sklearn_step,
 }
 
 
 def step_worker(name):
     """Print the first losses, then answer every line with the seconds per step in a burst."""
-    images = script.load_data("sample", ROOT).images
-    batches = np.random.default_rng(0).permutation(images)[:3840].reshape(-1, 128, 784)
+    images = script.load_data("sample", None).images
+    size = SETTINGS.batch_size
+    chosen = np.random.default_rng(0).permutation(images)[: len(images) // size * size]
+    batches = chosen.reshape(-1, size, images.shape[1])
     step = STEPS[name](images)
     print(json.dumps([step(batch) for batch in batches[:3]]), flush=True)
     for _ in sys.stdin:
@@ -164,9 +169,9 @@ def step_worker(name):
 
 
 def compare_steps(_):
-    workers = {name: worker("step", name) for name in STEPS}
+    workers = {name: start("step", name) for name in STEPS}
     losses = {name: json.loads(process.stdout.readline()) for name, process in workers.items()}
-    for name in ("PyTorch eager", "PyTorch compiled"):
+    for name in (EAGER, COMPILED):
         np.testing.assert_allclose(losses[name], losses[OURS], rtol=1e-3)
     seconds = {name: [] for name in STEPS}
     for _ in range(ROUNDS + 1):
@@ -175,86 +180,12 @@ def compare_steps(_):
             process.stdin.flush()
             seconds[name].append(float(process.stdout.readline()))
             time.sleep(0.1)  # BLAS threads spin for a while after a burst
-    print("| a training step | time / this script's | range |\n|---|---|---|")
-    for name in STEPS:  # The first round is a warm-up.
+    print_head("a training step", "time")
+    print_row(OURS, "1")
+    for name in list(STEPS)[1:]:  # The first round is a warm-up.
         ratios = np.divide(seconds[name][1:], seconds[OURS][1:])
-        print(f"| {name} | {median_and_range(ratios)} |")
-
-
-# The race. ---------------------------------------------------------------------------------------
-def script_epochs(images, test_pixels, seed, _, epochs=SETTINGS.epochs):
-    """Yield the training loss, the test loss and the seconds of training of every epoch."""
-    settings = replace(SETTINGS, seed=seed, epochs=epochs)
-    model = script.Autoencoder(images.mean(axis=0) / 255, seed)
-    velocity = np.zeros_like(model.parameters)
-    for epoch in range(1, epochs + 1):
-        begin = time.perf_counter()
-        loss = script.train_epoch(model, velocity, images, epoch, settings)
-        seconds = time.perf_counter() - begin
-        outputs = model.forward(test_pixels)[-1]
-        yield loss, script.mean_squared_error(outputs, test_pixels), seconds
-
-
-def torch_epochs(images, test_pixels, seed, name):
-    """The same of a recipe in PyTorch; the usual one goes on until it reaches the target."""
-    torch.set_flush_denormal(True)  # as the usual recipe slows down by subnormal numbers
-    torch.manual_seed(seed)
-    network, mean = usual_network() if name == USUAL else same_network(images, seed)
-    optimizer = torch.optim.Adam(network.parameters(), ADAM_RATES.get(name, 1e-3), fused=True)
-    step = torch_step(network, mean, optimizer)
-    if name == SAME:
-        optimizer = same_optimizer(network)
-        step = torch_step(network, mean, optimizer, SETTINGS.max_gradient_norm)
-    peak = optimizer.param_groups[0]["lr"]
-    x_test = torch.from_numpy(test_pixels)
-    starts = range(0, len(images), SETTINGS.batch_size)
-    total_steps = SETTINGS.epochs * len(starts)
-    test_loss = np.inf
-    for epoch in range(1, 100):
-        if epoch > SETTINGS.epochs and (name != USUAL or test_loss <= TARGET):
-            return
-        begin = time.perf_counter()
-        order = np.random.default_rng((seed, epoch)).permutation(len(images))
-        loss_sum = 0.0
-        for count, start in enumerate(starts, (epoch - 1) * len(starts)):
-            if name != USUAL:
-                rate = script.scheduled_learning_rate(count, total_steps, peak)
-                warm_up = min(1, (count + 1) / WARM_UP) if name in ADAM_RATES else 1
-                optimizer.param_groups[0]["lr"] = rate * warm_up
-            batch = images[order[start : start + SETTINGS.batch_size]]
-            loss_sum += step(batch) * len(batch)
-        seconds = time.perf_counter() - begin
-        with torch.no_grad():
-            test_loss = torch.nn.functional.mse_loss(network(x_test - mean), x_test).item()
-        yield loss_sum / len(images), test_loss, seconds
-
-
-def race_worker(data_dir, seed, name):
-    dataset = script.load_data("mnist", Path(data_dir))
-    epochs = script_epochs if name == OURS else torch_epochs
-    test_pixels = script.to_pixels(dataset.test_images)
-    print(json.dumps(list(epochs(dataset.images, test_pixels, int(seed), name))))
-
-
-def race(data_dir):
-    names = [OURS, SAME, *ADAM_RATES, USUAL]
-    results = {name: [] for name in names}
-    for seed in SEEDS:
-        for name in names:
-            rows = np.array(answer("race", data_dir, seed, name))
-            needed = 1 + int(np.flatnonzero(rows[:, 1] <= TARGET)[0])  # epochs to the target
-            results[name].append([*rows[9, :2], needed, sum(rows[:needed, 2]), sum(rows[:10, 2])])
-    head = "| recipe | training loss | test loss | epochs | time | range | time of ten | range |"
-    print(f"{head}\n{'|---' * 8}|")
-    for name in names:
-        values = np.array(results[name])
-        means = values.mean(axis=0)
-        deviations = values.std(axis=0, ddof=1)
-        losses = " | ".join(f"{means[i]:.6f} ± {deviations[i]:.6f}" for i in range(2))
-        needed = f"{values[:, 2].min():.0f} to {values[:, 2].max():.0f}"
-        to_target, to_ten = (values[:, 3:] / np.array(results[OURS])[:, 3:]).T
-        times = f"{median_and_range(to_target)} | {median_and_range(to_ten)}"
-        print(f"| {name} | {losses} | {needed} | {times} |")
+        print_row(name, median_and_range(ratios))
+    print_machine("torch", "scikit-learn")
 
 
 # Growth. -----------------------------------------------------------------------------------------
@@ -269,31 +200,165 @@ def growth_worker(data_dir, count):
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
     before = peak()
-    ((_, _, seconds),) = script_epochs(images, test_pixels, 0, OURS, epochs=1)
+    ((_, _, seconds),) = script_epochs(images, test_pixels, replace(SETTINGS, epochs=1))
     print(json.dumps([seconds, peak() - before]))
 
 
-def growth(data_dir):
+def growth(arguments):
     counts = (6_000, 60_000, 600_000)
-    turns = np.array([[answer("growth", data_dir, count) for count in counts] for _ in range(3)])
-    print("| images | time per image / that of 60,000 | range | peak memory |\n|---|---|---|---|")
+    turns = [[answer("growth", arguments.data_dir, n) for n in counts] for _ in range(3)]
+    seconds, memory = np.moveaxis(turns, 2, 0)
+    title = "time per image, relative to 60,000 images"
+    print_head("training images", title, "memory that training adds to the data")
     for index, count in enumerate(counts):
-        ratios = turns[:, index, 0] / count * 60_000 / turns[:, 1, 0]
-        print(f"| {count} | {median_and_range(ratios)} | {turns[:, index, 1].max():.0f} MB |")
+        ratios = seconds[:, index] / count * 60_000 / seconds[:, 1]
+        print_row(f"{count:,}", median_and_range(ratios), f"{memory[:, index].max():.0f} MB")
+    print_machine()
+
+
+# The race. ---------------------------------------------------------------------------------------
+def script_epochs(images, test_pixels, settings):
+    """Yield the training loss, the test loss and the seconds of training of every epoch."""
+    model = script.Autoencoder(images.mean(axis=0) / 255, settings.seed)
+    velocity = np.zeros_like(model.parameters)
+    for epoch in range(1, settings.epochs + 1):
+        begin = time.perf_counter()
+        loss = script.train_epoch(model, velocity, images, epoch, settings)
+        seconds = time.perf_counter() - begin
+        outputs = model.forward(test_pixels)[-1]
+        yield loss, script.mean_squared_error(outputs, test_pixels), seconds
+
+
+def rival_rate(recipe, step, total_steps, settings):
+    """The learning rate of a step of a rival."""
+    if recipe == COMMON:
+        return settings.learning_rate
+    rate = script.scheduled_learning_rate(step, total_steps, settings)
+    if recipe == SAME:
+        return rate
+    return rate * min(1, (step + 1) / min(WARM_UP, total_steps / 2))
+
+
+def rival_epochs(images, test_pixels, settings, recipe):
+    """The same of SAME, COMMON or Adam, whose recipe is given as "rate/batch size"."""
+    torch.set_flush_denormal(True)  # as subnormal numbers slow the common recipe down
+    torch.manual_seed(settings.seed)
+    network, mean = same_network(images, settings.seed)
+    if recipe == SAME:
+        optimizer = same_optimizer(network, len(images), settings)
+        step = torch_step(network, mean, optimizer, settings.max_gradient_norm)
+    else:
+        rate, size = (0.001, 128) if recipe == COMMON else recipe.split("/")
+        if recipe == COMMON:
+            network, mean = common_network()
+        settings = replace(settings, learning_rate=float(rate), batch_size=int(size))
+        optimizer = torch.optim.Adam(network.parameters(), settings.learning_rate, fused=True)
+        step = torch_step(network, mean, optimizer)
+    x_test = torch.from_numpy(test_pixels)
+    starts = range(0, len(images), settings.batch_size)
+    total_steps = settings.epochs * len(starts)
+    goes_on = recipe == COMMON and settings.epochs == FULL_RACE
+    test_loss = np.inf
+    epoch = 0
+    while epoch < settings.epochs or (goes_on and test_loss > TARGET and epoch < 100):
+        epoch += 1
+        begin = time.perf_counter()
+        order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
+        loss_sum = 0.0
+        for count, first in enumerate(starts, (epoch - 1) * len(starts)):
+            rate = rival_rate(recipe, count, total_steps, settings)
+            optimizer.param_groups[0]["lr"] = rate
+            batch = images[order[first : first + settings.batch_size]]
+            loss_sum += step(batch) * len(batch)
+        seconds = time.perf_counter() - begin
+        with torch.no_grad():
+            test_loss = torch.nn.functional.mse_loss(network(x_test - mean), x_test).item()
+        yield loss_sum / len(images), test_loss, seconds
+
+
+def race_worker(data_dir, epochs, seed, recipe):
+    dataset = script.load_data("mnist", Path(data_dir))
+    settings = replace(SETTINGS, epochs=int(epochs), seed=int(seed))
+    run = (dataset.images, script.to_pixels(dataset.test_images), settings)
+    rows = script_epochs(*run) if recipe == OURS else rival_epochs(*run, recipe)
+    print(json.dumps(list(rows)))
+
+
+def loss_and_deviation(losses):
+    if len(losses) == 1:
+        return f"{losses[0]:.6f}"
+    return f"{np.mean(losses):.6f} ± {np.std(losses, ddof=1):.6f}"
+
+
+def row_name(recipe):
+    if "/" not in recipe:
+        return recipe
+    rate, size = recipe.split("/")
+    return f"the same network with Adam, rate {float(rate):g}, batch size {size}"
+
+
+def target_cells(results, ours):
+    """The epochs that each run needs for the target, and their time relative to the script's."""
+    needed = []
+    seconds = []
+    for rows in (*results, *ours):
+        reached = np.flatnonzero(rows[:, 1] <= TARGET)
+        if len(reached) == 0:
+            return "not reached", "not reached"
+        needed.append(reached[0] + 1)
+        seconds.append(rows[: needed[-1], 2].sum())
+    count = len(results)
+    fewest, most = min(needed[:count]), max(needed[:count])
+    epochs = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return epochs, median_and_range(np.divide(seconds[:count], seconds[count:]))
+
+
+def race(arguments):
+    full = arguments.epochs == FULL_RACE
+    recipes = [OURS, *arguments.adams.split(","), COMMON]
+    columns = ["recipe", "training loss", "test loss", "time"]
+    if full:
+        recipes = [OURS, SAME, *FULL_RACE_ADAMS, COMMON]
+        columns += [f"epochs to test loss {TARGET:.4f}", "time to it"]
+    rivals_seeds = arguments.rivals_seeds or arguments.seeds
+    results = {recipe: [] for recipe in recipes}
+    for seed in range(arguments.seeds):
+        for recipe in recipes if seed < rivals_seeds else [OURS]:
+            rows = np.array(answer("race", arguments.data_dir, arguments.epochs, seed, recipe))
+            results[recipe].append(rows)
+    print_head(*columns)
+    for recipe, runs in results.items():
+        last = np.array([rows[arguments.epochs - 1] for rows in runs])
+        ours = results[OURS][: len(runs)]
+        cells = [loss_and_deviation(last[:, 0]), loss_and_deviation(last[:, 1])]
+        seconds = [[rows[: arguments.epochs, 2].sum() for rows in turn] for turn in (runs, ours)]
+        cells.append("1" if recipe == OURS else median_and_range(np.divide(*seconds)))
+        if full:
+            epochs, ratio = target_cells(runs, ours)
+            cells += [epochs, "1" if recipe == OURS else ratio]
+        print_row(row_name(recipe), *cells)
+    print_machine("torch")
 
 
 def main():
-    jobs = {"step": compare_steps, "race": race, "growth": growth}
-    workers = {"step": step_worker, "race": race_worker, "growth": growth_worker}
+    jobs = {"step": compare_steps, "growth": growth, "race": race}
+    workers = {"step": step_worker, "growth": growth_worker, "race": race_worker}
     if sys.argv[1:2] == ["--worker"]:
-        return workers[sys.argv[2]](*sys.argv[3:])
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+        with script_conditions():
+            return workers[sys.argv[2]](*sys.argv[3:])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=jobs)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="holds MNIST/raw")
+    parser.add_argument("--epochs", type=int, default=FULL_RACE, help="of `race` (default: 10)")
+    parser.add_argument("--seeds", type=int, default=3, help="of `race` (default: 3)")
+    text = "of these, those that other recipes than the script's run (default: all)"
+    parser.add_argument("--rivals-seeds", type=int, help=text)
+    text = "rates/batch sizes of Adam, if --epochs is not 10 (default: 0.001/128,0.0005/256)"
+    parser.add_argument("--adams", default="0.001/128,0.0005/256", help=text)
     arguments = parser.parse_args()
-    jobs[arguments.what](arguments.data_dir)
-    versions = f"torch {version('torch')}, scikit-learn {version('scikit-learn')}"
-    print(f"{script.describe_machine(script.number_of_threads())}, {versions}")
+    with script_conditions():
+        jobs[arguments.what](arguments)
 
 
 if __name__ == "__main__":

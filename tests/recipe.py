@@ -1,20 +1,33 @@
-"""What the parts of the recipe contribute, and how its numbers were chosen.
+"""What the ingredients of the recipe contribute, and how its numbers were chosen.
 
-    python tests/recipe.py ablation DATA_DIR     without each ingredient in turn (an hour)
-    python tests/recipe.py selection DATA_DIR    other numbers, on held-out images (ten minutes)
+    python tests/recipe.py ablation      the recipe without each ingredient in turn (hours)
+    python tests/recipe.py selection     other settings, measured on held-out images (hours)
+    python tests/recipe.py exercises     the edits that the README proposes (an hour)
+    python tests/recipe.py neighbours    digits recognised by the nearest code (a minute)
 
-DATA_DIR holds all of MNIST. `ablation` prints training and test losses after 10 epochs of MNIST and
-100 of the sample, as means and standard deviations over three seeds. `selection` trains for 10
-epochs on 50,000 of the training images and measures the loss on the other 10,000.
+All of them need MNIST, in `data` or where --data-dir says.
 """
 
+import argparse
+import contextlib
+import importlib.util
+import multiprocessing
+import platform
 import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from unittest import mock
 
+import joblib
 import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.neighbors import KNeighborsClassifier
+from threadpoolctl import threadpool_info, threadpool_limits
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,26 +35,67 @@ sys.path.insert(0, str(ROOT))
 import mnist_autoencoder as script  # noqa: E402
 
 SEEDS = (0, 1, 2)
+MNIST_EPOCHS = 10  # for `ablation` and `exercises`
+SAMPLE_EPOCHS = 100
+
+
+# Shared with benchmark.py. -----------------------------------------------------------------------
+@contextlib.contextmanager
+def script_conditions():
+    """Compute with as many BLAS threads as the script, and without warnings of overflow."""
+    threads = min(8, joblib.cpu_count(), *(pool["num_threads"] for pool in threadpool_info()))
+    with threadpool_limits(threads, "blas"), np.errstate(all="ignore"):
+        yield
+
+
+def print_row(*cells):
+    print("|", " | ".join(cells), "|", flush=True)
+
+
+def print_head(*cells):
+    print_row(*cells)
+    print("|---" * len(cells) + "|", flush=True)
+
+
+def print_machine(*packages):
+    """Print the line below a table: the machine, and the versions of these packages."""
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux, where platform.processor() is often empty
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    processor = text.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
+    versions = [f"{package} {version(package)}" for package in packages]
+    print("\n" + ", ".join([script.describe_machine(), processor, *versions]), flush=True)
+
+
+def final_losses(model, dataset, settings, module=script):
+    """Train a new model; return its training loss and test loss after the last epoch."""
+    velocity = np.zeros_like(model.parameters)
+    for epoch in range(1, settings.epochs + 1):
+        loss = module.train_epoch(model, velocity, dataset.images, epoch, settings)
+    pixels = module.to_pixels(dataset.test_images)
+    return loss, module.mean_squared_error(model.forward(pixels)[-1], pixels)
+
+
+# Ablation. ---------------------------------------------------------------------------------------
 scheduled_learning_rate = script.scheduled_learning_rate  # which some variants replace
 
 
-def constant_rate(step, total_steps, peak):
-    return peak
+def constant_rate(step, total_steps, settings):
+    return settings.learning_rate
 
 
-def warm_up_rate(step, total_steps, peak):
-    """The script's, except that it rises from 0 in 1,000 steps or a fifth of a shorter run."""
+def warm_up_rate(step, total_steps, settings):
+    """The script's, but rising from 0 in the first 1,000 steps or the first fifth of the run."""
     rise = min(1, (step + 1) / min(1000, total_steps / 5))
-    return min(peak * rise, scheduled_learning_rate(step, total_steps, peak))
+    return min(settings.learning_rate * rise, scheduled_learning_rate(step, total_steps, settings))
 
 
-def heavy_ball_step(p, v, g, learning_rate, momentum, max_norm, weight_decay):
+def classical_step(parameters, velocity, gradient, learning_rate, weight_decay, settings):
     """SGD with classical instead of Nesterov momentum."""
-    g *= min(1, max_norm / np.linalg.norm(g))
-    g += weight_decay * p
-    v *= momentum
-    v += g
-    p -= learning_rate * v
+    gradient *= min(1, settings.max_gradient_norm / np.linalg.norm(gradient))
+    gradient += weight_decay * parameters
+    velocity *= settings.momentum
+    velocity += gradient
+    parameters -= learning_rate * velocity
 
 
 def relu(z):
@@ -49,7 +103,7 @@ def relu(z):
 
 
 def relu_derivative(a):
-    return (a > 0).astype(a.dtype)
+    return a > 0
 
 
 def sigmoid(z):
@@ -60,13 +114,10 @@ def sigmoid_derivative(a):
     return a * (1 - a)
 
 
-def with_relu(layer):
-    if layer.activation is script.elu:
-        return layer._replace(activation=relu, derivative=relu_derivative)
-    return layer
-
-
-RELU_LAYERS = tuple(with_relu(layer) for layer in script.LAYERS)
+RELU = {"activation": relu, "derivative": relu_derivative}
+RELU_LAYERS = tuple(
+    layer._replace(**RELU) if layer.activation is script.elu else layer for layer in script.LAYERS
+)
 SIGMOID = {"activation": sigmoid, "derivative": sigmoid_derivative}
 SIGMOID_LAYERS = (*script.LAYERS[:-1], script.LAYERS[-1]._replace(**SIGMOID))
 
@@ -78,7 +129,7 @@ def do_not_centre(model):
 def random_output_weights(model):
     weights, _ = model.split(model.parameters)
     rng = np.random.default_rng(1)
-    weights[-1][:] = rng.normal(0, (2 / 512) ** 0.5, weights[-1].shape)
+    weights[-1][:] = rng.normal(0, (2 / model.layers[-1].inputs) ** 0.5, weights[-1].shape)
 
 
 def zero_output_biases(model):
@@ -87,14 +138,10 @@ def zero_output_biases(model):
 
 
 def logit_output_biases(model):
-    """With a sigmoid, the mean image is the first output if the biases are its logit."""
+    """With a sigmoid, the first output is the mean image if the biases are its logit."""
     _, biases = model.split(model.parameters)
     mean = np.clip(model.mean_image, 0.002, 0.998)
     biases[-1][:] = np.log(mean / (1 - mean))
-
-
-def nothing(model):
-    pass
 
 
 @dataclass
@@ -103,74 +150,172 @@ class Variant:
 
     settings: dict = field(default_factory=dict)
     layers: tuple = script.LAYERS
-    change: Callable = nothing  # of the model at the start
-    functions: dict = field(default_factory=lambda: {"sgd_step": script.sgd_step})  # of the script
+    change: Callable | None = None  # of the model before training
+    sgd_step: Callable = script.sgd_step
+    scheduled_learning_rate: Callable = script.scheduled_learning_rate
 
 
 VARIANTS = {
-    "nothing": Variant(),
+    "(the whole recipe)": Variant(),
     "clipped output (sigmoid)": Variant(layers=SIGMOID_LAYERS, change=logit_output_biases),
     "ELU (ReLU)": Variant(layers=RELU_LAYERS),
     "centred input": Variant(change=do_not_centre),
-    "output weights at 0 (He's)": Variant(change=random_output_weights),
+    "output weights at 0 (He et al.)": Variant(change=random_output_weights),
     "output biases at the mean image (0)": Variant(change=zero_output_biases),
-    "Nesterov momentum (classical)": Variant(functions={"sgd_step": heavy_ball_step}),
-    "momentum 0.98 (0.9)": Variant({"momentum": 0.9}),
-    "decline of the rate": Variant(functions={"scheduled_learning_rate": constant_rate}),
+    "Nesterov momentum (classical)": Variant(sgd_step=classical_step),
+    f"momentum {script.Settings.momentum:g} (0.9)": Variant({"momentum": 0.9}),
+    "learning-rate decay": Variant(scheduled_learning_rate=constant_rate),
     "gradient clipping": Variant({"max_gradient_norm": np.inf}),
     "weight decay": Variant({"weight_decay": 0.0}),
-    "nothing, but with a warm-up": Variant(functions={"scheduled_learning_rate": warm_up_rate}),
+    "(with a warm-up)": Variant(scheduled_learning_rate=warm_up_rate),
 }
+
+
+def variant_losses(variant, dataset, epochs, seed):
+    settings = script.Settings(epochs=epochs, seed=seed, **variant.settings)
+    model = script.Autoencoder(dataset.images.mean(axis=0) / 255, seed, variant.layers)
+    if variant.change:
+        variant.change(model)
+    rate = variant.scheduled_learning_rate
+    with mock.patch.multiple(script, sgd_step=variant.sgd_step, scheduled_learning_rate=rate):
+        return final_losses(model, dataset, settings)
+
+
+def ablation(mnist, _):
+    sample = script.load_data("sample", None)
+    parts = ("MNIST, training", "MNIST, test", "sample, training", "sample, test")
+    print_head("without", *parts)
+    for name, variant in VARIANTS.items():
+        cells = []
+        for dataset, epochs in ((mnist, MNIST_EPOCHS), (sample, SAMPLE_EPOCHS)):
+            losses = [variant_losses(variant, dataset, epochs, seed) for seed in SEEDS]
+            millionths = 1e6 * np.array(losses)
+            means = millionths.mean(axis=0)
+            deviations = millionths.std(axis=0, ddof=1)
+            cells += [f"{m:,.0f} ± {d:,.0f}" for m, d in zip(means, deviations, strict=True)]
+        print_row(name, *cells)
+    print_machine()
+
+
+# Selection. --------------------------------------------------------------------------------------
 SELECTION = (
     {},
-    *({"learning_rate": rate} for rate in (4.0, 6.0, 10.0, 12.0)),
-    *({"momentum": 0.97, "learning_rate": rate} for rate in (8.0, 12.0)),
-    *({"momentum": 0.99, "learning_rate": rate} for rate in (4.0, 8.0)),
-    *({"max_gradient_norm": norm} for norm in (0.0025, 0.01)),
-    *({"weight_decay": decay} for decay in (0.003, 0.012)),
+    {"learning_rate": script.Settings.learning_rate / 2},
+    {"learning_rate": script.Settings.learning_rate * 2},
 )
 
 
-def final_losses(variant, dataset, epochs, seed=0):
-    """The training and test loss after the last epoch."""
-    settings = replace(script.Settings(epochs=epochs, seed=seed), **variant.settings)
-    model = script.Autoencoder(dataset.images.mean(axis=0) / 255, seed, variant.layers)
-    variant.change(model)
-    velocity = np.zeros_like(model.parameters)
-    with mock.patch.multiple(script, **variant.functions):
-        for epoch in range(1, epochs + 1):
-            loss = script.train_epoch(model, velocity, dataset.images, epoch, settings)
-    pixels = script.to_pixels(dataset.test_images)
-    return loss, script.mean_squared_error(model.forward(pixels)[-1], pixels)
+def held_out_losses(settings, dataset):
+    model = script.Autoencoder(dataset.images.mean(axis=0) / 255, settings.seed)
+    with np.errstate(all="ignore"):
+        return final_losses(model, dataset, settings)
 
 
-def ablation(mnist):
-    sample = script.load_data("sample", ROOT)
-    print("| without | MNIST, training | test | sample, training | test |\n|---|---|---|---|---|")
-    for name, variant in VARIANTS.items():
-        cells = []
-        for dataset, epochs in ((mnist, 10), (sample, 100)):
-            losses = [final_losses(variant, dataset, epochs, seed) for seed in SEEDS]
-            means = np.mean(losses, axis=0)
-            deviations = np.std(losses, axis=0, ddof=1)
-            for mean, deviation in zip(means, deviations, strict=True):
-                cells.append(f"{mean:.6f} ± {deviation:.6f}")
-        print("|", name, "|", " | ".join(cells), "|", flush=True)
-
-
-def selection(mnist):
+def selection(mnist, arguments):
     order = np.random.default_rng(0).permutation(len(mnist.images))
     held_out = mnist.images[order[:10_000]]
     dataset = replace(mnist, images=mnist.images[order[10_000:]], test_images=held_out)
-    print("| changed | training loss | loss on held-out images |\n|---|---|---|")
-    for settings in SELECTION:
-        loss, held_out_loss = final_losses(Variant(settings), dataset, 10)
-        print(f"| {settings or 'nothing'} | {loss:.6f} | {held_out_loss:.6f} |", flush=True)
+    rows = [script.Settings(epochs=arguments.epochs, **changes) for changes in SELECTION]
+    columns = [name for name in asdict(rows[0]) if name not in ("epochs", "seed")]
+    titles = [name.replace("_", " ") for name in columns]
+    print_head(*titles, "training loss", "held-out loss")
+    # Two processes with one BLAS thread each are faster than one with two threads.
+    spawn = {"mp_context": multiprocessing.get_context("spawn")}
+    one_thread = {"initializer": threadpool_limits, "initargs": (1, "blas")}
+    with ProcessPoolExecutor(2, **spawn, **one_thread) as pool:
+        results = pool.map(held_out_losses, rows, repeat(dataset))
+        for settings, losses in zip(rows, results, strict=True):
+            numbers = [f"{getattr(settings, name):g}" for name in columns]
+            print_row(*numbers, *(f"{loss:.6f}" for loss in losses))
+    with threadpool_limits(1, "blas"):
+        print_machine()
+
+
+# Exercises. --------------------------------------------------------------------------------------
+NORM = "max_gradient_norm: float = "
+MOMENTUM = "momentum: float = "
+EXERCISES = (  # name, ((old text, new text), ...); each old text occurs once in the script
+    ("a code of 32 numbers", (("Layer(256, 128,", "Layer(256, 32,"), ("Layer(128,", "Layer(32,"))),
+    ("a code of 2 numbers", (("Layer(256, 128,", "Layer(256, 2,"), ("Layer(128,", "Layer(2,"))),
+    (
+        "ReLU instead of ELU",
+        (
+            ("np.maximum(z, np.exp(np.clip(z, -80, 0)) - 1)", "np.maximum(z, 0)"),
+            ("np.minimum(a, 0) + 1", "a > 0"),
+        ),
+    ),
+    (
+        "no gradient clipping",
+        ((f"{NORM}{script.Settings.max_gradient_norm}", f'{NORM}float("inf")'),),
+    ),
+    ("output biases at 0", (("biases[-1][:] = self.mean_image", ""),)),
+    ("momentum 0.9", ((f"{MOMENTUM}{script.Settings.momentum}", f"{MOMENTUM}0.9"),)),
+    ("a mini-batch of 32 images", ()),
+)
+OPTIONS = {"a mini-batch of 32 images": ["--batch-size", "32"]}  # instead of an edit
+
+
+def edited_script(edits):
+    """The script as a module, with each old text replaced by the new text."""
+    source = Path(script.__file__).read_text(encoding="utf-8")
+    for old, new in edits:
+        assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
+        source = source.replace(old, new)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "edited_script.py"
+        path.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("edited_script", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+def exercises(mnist, _):
+    print_head("edit", "training loss", "test loss", "PCA with a code of this size, test")
+    for name, edits in (("(none)", ()), *EXERCISES):
+        module = edited_script(edits)
+        options = ["--epochs", str(MNIST_EPOCHS), *OPTIONS.get(name, [])]
+        settings = module.choose_settings(module.parse_arguments(options), len(mnist.images))
+        model = module.Autoencoder(mnist.images.mean(axis=0) / 255, settings.seed)
+        losses = final_losses(model, mnist, settings, module)
+        losses = (*losses, module.compute_baselines(mnist).pca_loss)
+        print_row(name, *(f"{loss:.6f}" for loss in losses))
+    print_machine("scikit-learn")
+
+
+# Neighbours. -------------------------------------------------------------------------------------
+def neighbours(mnist, arguments):
+    model = script.load_run(arguments.model).model
+    labels = script.import_mnist()(arguments.data_dir, train=True).targets.numpy()
+    codes = model.encode(mnist.images)
+    test_codes = model.encode(mnist.test_images)
+    pca = PCA(2, svd_solver="full").fit(codes)
+    planes = (pca.transform(codes), pca.transform(test_codes))
+    for where, points, test_points in (
+        (f"all {codes.shape[1]} numbers of the codes", codes, test_codes),
+        ("the plane of the first two principal components of the codes", *planes),
+    ):
+        classifier = KNeighborsClassifier(1, algorithm="brute").fit(points, labels)
+        accuracy = classifier.score(test_points, mnist.test_labels)
+        print(f"In {where}, the nearest training image has the digit of the", end=" ")
+        print(f"test image for {accuracy:.2%} of the test images.", flush=True)
+    print_machine("scikit-learn")
+
+
+def main():
+    jobs = {job.__name__: job for job in (ablation, selection, exercises, neighbours)}
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("what", choices=jobs)
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="holds MNIST/raw")
+    parser.add_argument("--epochs", type=int, default=100, help="of `selection` (default: 100)")
+    text = "of `neighbours` (default: model.npz beside the script)"
+    parser.add_argument("--model", type=Path, default=ROOT / "model.npz", help=text)
+    arguments = parser.parse_args()
+    mnist = script.load_data("mnist", arguments.data_dir)
+    with script_conditions():
+        jobs[arguments.what](mnist, arguments)
 
 
 if __name__ == "__main__":
-    _, what, data_dir = sys.argv
-    job = {"ablation": ablation, "selection": selection}[what]
-    with np.errstate(all="ignore"):
-        job(script.load_data("mnist", Path(data_dir)))
-    print(script.describe_machine(script.number_of_threads()))
+    main()

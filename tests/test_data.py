@@ -1,22 +1,22 @@
 """Reading MNIST: its files in every state, failing downloads, and the sample as a fallback."""
 
-import builtins
 import contextlib
 import functools
 import gzip
 import hashlib
 import http.server
 import os
+import shutil
+import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, call, fail_for, fails, read_log, script, snapshot, write_idx
+from conftest import NAMES, call, fails, read_log, script, snapshot, start, write_idx
 from torchvision import datasets
 
 
@@ -26,10 +26,10 @@ def assert_same_as_files(dataset, raw):
     assert dataset.test_labels.tobytes() == (raw / NAMES[3]).read_bytes()[8:]
 
 
-def compress(raw, names=NAMES, change=bytes):
-    """Replace files by .gz archives of their changed content."""
+def compress(raw, names=NAMES):
+    """Replace files by .gz archives."""
     for name in names:
-        (raw / f"{name}.gz").write_bytes(gzip.compress(change((raw / name).read_bytes())))
+        (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes(), mtime=0))
         (raw / name).unlink()
 
 
@@ -43,29 +43,30 @@ def test_sample_is_4000_and_1000_digits_of_all_classes_in_equal_parts(sample):
     assert len(np.unique(np.concatenate([images, test_images]), axis=0)) == 5000
 
 
-def test_sample_is_part_of_mnists_training_images(mnist_dir, sample):
-    mnist = {image.tobytes() for image in script.load_data("mnist", mnist_dir).images}
-    images = [*sample.images, *sample.test_images]
-    assert all(image.tobytes() in mnist for image in images)
+def test_only_mnist_is_called_mnist_and_the_sample_is_part_of_it(mnist_dir, sample):
+    mnist = script.load_data("mnist", mnist_dir)
+    assert mnist.name == "MNIST" and len(mnist.images) == 60_000
+    known = {image.tobytes() for image in mnist.images}
+    assert all(image.tobytes() in known for image in [*sample.images, *sample.test_images])
 
 
 @pytest.mark.parametrize("choice", ["auto", "mnist"])
-@pytest.mark.parametrize("place", ["", "MNIST/raw"])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_any_files_are_read_and_nothing_is_written(tmp_path, choice, place, compressed):
-    raw, original = write_idx(tmp_path / "data"), write_idx(tmp_path / "original")
+def test_files_of_another_data_set_are_read_and_kept(tmp_path, monkeypatch, choice, compressed):
+    """Without Tensor.numpy, as where PyTorch was built for another version of NumPy."""
+    raw, original = write_idx(tmp_path / "fashion"), write_idx(tmp_path / "original")
     if compressed:
         compress(raw)
-    (tmp_path / "data" / NAMES[1]).write_text("a stray file must not hide the folder")
     (raw.parent / "processed").mkdir()  # what old torchvision versions have left
     for name in ("training.pt", "test.pt"):
         arrays = (torch.zeros(9, 28, 28, dtype=torch.uint8), torch.zeros(9))
         torch.save(arrays, raw.parent / "processed" / name)
-    before = snapshot(tmp_path)
-    dataset = script.load_data(choice, tmp_path / "data" / place)
-    assert dataset.description.startswith("MNIST, 50 training and 20 test images, sha256 ")
+    before = snapshot(raw)
+    monkeypatch.setattr(torch.Tensor, "numpy", None)
+    dataset = script.load_data(choice, tmp_path / "fashion")
+    assert dataset.description.startswith("fashion, 50 training and 20 test images, sha256 ")
     assert_same_as_files(dataset, original)
-    assert snapshot(tmp_path) == before
+    assert snapshot(raw) == snapshot(original) | before
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,113 +74,78 @@ def test_description_depends_on_every_image_and_label(tmp_path, name):
     path = write_idx(tmp_path) / name
     content = path.read_bytes()
     before = script.load_data("mnist", tmp_path).description
-    assert script.load_data("mnist", tmp_path).description == before
     for place in (16, len(content) - 1):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         assert script.load_data("mnist", tmp_path).description != before
 
 
-# Files that are damaged, unusable or unreadable. -------------------------------------------------
-DAMAGES = {
-    "cut": lambda content: content[:-1],
-    "longer": lambda content: content + b"\0",
-    "empty": lambda content: b"",
-    "wrong magic": lambda content: b"\0\0\x0d" + content[3:],
-    "web page": lambda content: b"<!DOCTYPE html><html><body>403 Forbidden</body></html>",
-    "huge count": lambda content: content[:4] + b"\xff\xff\xff\xff" + content[8:],
-}
-DAMAGED = [(what, kind) for what in ("file", "content of the archive") for kind in DAMAGES]
-DAMAGED += [("archive", kind) for kind in ("cut", "empty", "wrong magic", "web page")]
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
 
 
+def replace_by_web_page(path):
+    path.write_bytes(b"<!DOCTYPE html><html><body>403 Forbidden</body></html>")
+
+
+def rename_as_7_zip_does(path):
+    path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+
+
+def compress_and_cut(path):
+    compress(path.parent, [path.name])
+    cut(path.with_name(f"{path.name}.gz"))
+
+
+def make_smaller(path):
+    """Fewer images than labels, or the other way round, or images of another size."""
+    write_idx(path.parent / "other", train=40, test=10)
+    shutil.copy(path.parent / "other" / "MNIST" / "raw" / path.name, path)
+
+
+DAMAGES = [cut, replace_by_web_page, rename_as_7_zip_does, compress_and_cut, make_smaller]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("damaged", "kind"), DAMAGED)
-def test_damaged_file_is_no_reason_to_take_the_sample(tmp_path, name, damaged, kind):
-    raw, end = write_idx(tmp_path / "data"), "" if damaged == "file" else ".gz"
-    if damaged == "archive":
-        compress(raw, [name])
-    path = raw / (name + end * (damaged == "archive"))
-    path.write_bytes(DAMAGES[kind](path.read_bytes()))
-    if damaged == "content of the archive":
-        compress(raw, [name])
+def test_damaged_or_missing_file_is_one_line_and_never_a_reason_to_take_the_sample(
+    tmp_path, name, damage
+):
+    raw = write_idx(tmp_path / "data")
+    damage(raw / name)
     before = snapshot(tmp_path)
-    for dataset in ("auto", "mnist"):
-        arguments = ("--dataset", dataset, "--data-dir", tmp_path / "data")
-        result = call(*arguments, "--output-dir", tmp_path / "out")
-        fails(result, 2, raw / f"{name}{end}", "delete it or use another --data-dir")
+    result = call("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
+    fails(result, 2, raw, *NAMES, ".gz", "--dataset sample")
     assert snapshot(tmp_path) == before
 
 
-def alike(path, value):
-    path.write_bytes(path.read_bytes()[:16] + bytes([value]) * (path.stat().st_size - 16))
+@pytest.mark.parametrize(("train", "test"), [(1, 20), (50, 1), (0, 20)])
+def test_too_few_images_are_refused(tmp_path, train, test):
+    raw = write_idx(tmp_path, train, test)
+    fails(call("--data-dir", tmp_path, "--output-dir", tmp_path / "out"), 2, raw)
 
 
-UNUSABLE = {
-    "one image": ("identical", lambda root, raw: write_idx(root, train=1)),
-    "one test image": ("identical", lambda root, raw: write_idx(root, test=1)),
-    "no image": ("damaged", lambda root, raw: write_idx(root, train=0)),
-    "black images": ("identical", lambda root, raw: alike(raw / NAMES[0], 0)),
-    "grey test images": ("identical", lambda root, raw: alike(raw / NAMES[2], 128)),
-    "missing label": (r"labels \(49,\)", lambda root, raw: write_labels(raw, [1] * 49)),
-    "label that is no digit": ("label of 10", lambda root, raw: write_labels(raw, [1] * 49 + [10])),
-}
-
-
-def write_labels(raw, labels):
-    header = b"\0\0\x08\x01" + len(labels).to_bytes(4, "big")
-    (raw / NAMES[1]).write_bytes(header + bytes(labels))
-
-
-@pytest.mark.parametrize("kind", UNUSABLE)
-def test_unusable_images_and_labels_are_refused_with_the_reason(tmp_path, kind):
-    reason, change = UNUSABLE[kind]
-    change(tmp_path, write_idx(tmp_path))
-    with pytest.raises(script.InputError, match=reason):
-        script.load_data("auto", tmp_path)
-
-
-@pytest.mark.parametrize("place", ["", "MNIST/raw", f"MNIST/raw/{NAMES[2]}"])
-def test_what_cannot_be_read_is_named_and_not_to_be_deleted(tmp_path, monkeypatch, place):
-    write_idx(tmp_path / "data")
-    path = tmp_path / "data" / place
-    owner, function = (builtins, "open") if path.is_file() else (os, "listdir")
-    fail_for(
-        monkeypatch, owner, function, path, PermissionError(13, "Permission denied", str(path))
-    )
-    result = call("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
-    fails(result, 2, "Permission denied", path)
-    assert "delete" not in result.err and not (tmp_path / "out").exists()
-
-
-def test_lack_of_memory_is_no_reason_to_delete_files(tmp_path, monkeypatch):
-    fail_for(monkeypatch, builtins, "open", write_idx(tmp_path) / NAMES[0], MemoryError())
-    result = call("--data-dir", tmp_path, "--output-dir", tmp_path / "out")
-    assert (result.status, result.lines) == (1, ["error: not enough memory"])
-
-
-@pytest.mark.parametrize("function", ["compute_baselines", "train_epoch", "plot_latent_space"])
-def test_lack_of_memory_later_is_one_line(small, tmp_path, monkeypatch, function):
-    monkeypatch.setattr(script, function, lambda *_: np.zeros(1 << 62, np.uint8))
+def test_lack_of_memory_is_one_line(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "train_epoch", lambda *_: np.zeros(1 << 62, np.uint8))
     fails(call(*small[0], "--output-dir", tmp_path), 1, "Unable to allocate")
 
 
-@pytest.mark.parametrize("choice", ["auto", "mnist"])
-def test_data_dir_that_is_a_file_is_refused(tmp_path, choice):
-    (tmp_path / "file").write_text("mine")
-    flags = ("--dataset", choice, "--data-dir", tmp_path / "file", "--output-dir", tmp_path)
-    fails(call(*flags), 2, tmp_path / "file")
+BROKEN = ["RuntimeError('operator torchvision::nms does not\\nexist')", "OSError('a DLL')", None]
 
 
-def test_missing_sample_and_missing_torchvision_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "SAMPLE_FOLDER", tmp_path)
-    result = call("--dataset", "sample", "--output-dir", tmp_path / "out")
-    fails(result, 2, f"{tmp_path / NAMES[0]}'")  # not the archive, which is not missed
-    for module in ("torchvision.datasets.mnist", "torchvision.datasets"):
-        monkeypatch.setitem(sys.modules, module, None)
-        flags = ("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
-        fails(
-            call("--dataset", "sample" if module.endswith("mnist") else "auto", *flags), 1, module
-        )
+@pytest.mark.parametrize("error", BROKEN)
+@pytest.mark.parametrize("flags", [(), ("--dataset", "sample")])
+def test_torchvision_that_cannot_be_imported_is_no_reason_to_take_the_sample(
+    tmp_path, error, flags
+):
+    text = f"raise {error}" if error else "import no_such_module"
+    (tmp_path / "torchvision.py").write_text(text)
+    process = start(*flags, env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: torchvision") and "install" in err
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == [
+        "torchvision.py"
+    ]
 
 
 # Downloads. --------------------------------------------------------------------------------------
@@ -209,6 +175,7 @@ def mirror(tmp_path, monkeypatch):
     contents = {name: (served / f"{name}.gz").read_bytes() for name in NAMES}
     resources = [(f"{name}.gz", hashlib.md5(contents[name]).hexdigest()) for name in NAMES]
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
+    monkeypatch.chdir(tmp_path)  # MNIST is downloaded to ./data.
     with contextlib.ExitStack() as stack:
 
         def serve(fault=None):
@@ -234,64 +201,67 @@ def mirror(tmp_path, monkeypatch):
         yield serve
 
 
-def test_download_happens_once(tmp_path, mirror):
+@pytest.mark.parametrize("data_dir", [None, "given"])
+def test_download_happens_once_and_says_where_to(tmp_path, mirror, capsys, data_dir):
     server = mirror()
-    raw = tmp_path / "data" / "MNIST" / "raw"
-    dataset = script.load_data("mnist", tmp_path / "data")
+    directory = tmp_path / data_dir if data_dir else None
+    dataset = script.load_data("auto", directory)
+    assert f"downloading MNIST to {directory or 'data'}/MNIST/raw\n" in capsys.readouterr().err
     assert_same_as_files(dataset, write_idx(tmp_path / "original"))
     assert set(server.requests) == {f"{name}.gz" for name in NAMES}
-    assert sorted(path.name for path in raw.iterdir()) == sorted(NAMES)
     server.requests.clear()
-    assert script.load_data("auto", tmp_path / "data").name == "MNIST"
-    assert not server.requests
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-def test_download_only_adds_what_is_missing(tmp_path, mirror, compressed):
-    raw, original = write_idx(tmp_path / "data", seed=5), write_idx(tmp_path / "original", seed=5)
-    (raw / NAMES[2]).unlink()
-    if compressed:
-        compress(raw, [NAMES[0], NAMES[1], NAMES[3]])
-    before = snapshot(raw)
-    mirror()
-    dataset = script.load_data("auto", tmp_path / "data")
-    served = (write_idx(tmp_path / "other") / NAMES[2]).read_bytes()
-    assert snapshot(raw) == {**before, NAMES[2]: served}
-    (original / NAMES[2]).write_bytes(served)
-    assert_same_as_files(dataset, original)
+    script.load_data("auto", directory)
+    assert not server.requests and "downloading" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["404", "refused", "checksum", "stalls"])
 def test_failed_download(tmp_path, mirror, monkeypatch, fault):
     monkeypatch.setattr(script, "SERVER_TIMEOUT", 0.3)
     server = mirror(fault)
-    places = ("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
     began = time.monotonic()
-    result = call("--dataset", "mnist", *places)
+    for flags in (("--dataset", "mnist"), ("--data-dir", tmp_path / "given")):
+        result = call(*flags, "--output-dir", tmp_path / "out")
+        errors = [line for line in result.lines if line.startswith("error: ")]
+        assert result.status == 2 and len(errors) == 1 and "Traceback" not in result.err
+        assert "MNIST/raw" in errors[0] and all(name in errors[0] for name in NAMES)
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
     assert time.monotonic() - began < 15  # the server would be silent for 20 s
-    errors = [line for line in result.lines if line.startswith("error: ")]
-    assert result.status == 2 and len(errors) == 1 and "Traceback" not in result.err
-    assert str(tmp_path / "data") in errors[0] and "--data-dir" in errors[0]
     assert bool(server.requests) == (fault != "refused")
-    assert not (tmp_path / "out").exists() and not snapshot(tmp_path / "data")
 
-    result = call("--epochs", 1, *places)
+    result = call("--epochs", 1, "--output-dir", tmp_path / "out")
     warnings = [line for line in result.lines if line.startswith("warning: ")]
     assert result.status == 0 and len(warnings) == 1 and "sample" in warnings[0]
-    assert str(tmp_path / "data" / "MNIST" / "raw") in warnings[0]
-    assert "# a sample of MNIST, 4000" in read_log(tmp_path / "out")
+    assert "# data: a sample of MNIST, 4000" in read_log(tmp_path / "out")
 
-    (write_idx(tmp_path / "part") / NAMES[3]).unlink()  # A part of MNIST is no reason for that.
-    with pytest.raises(script.InputError, match=NAMES[3]):
-        script.load_data("auto", tmp_path / "part")
-
-    mirror()
-    assert script.load_data("auto", tmp_path / "data").name == "MNIST"
+    mirror()  # What a failed download has left does not keep the next one from succeeding.
+    assert script.load_data("auto", None).name == "data"
 
 
-def test_interrupted_download_leaves_nothing_behind(tmp_path, mirror, monkeypatch):
-    mirror()
-    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=KeyboardInterrupt))
-    result = call("--data-dir", tmp_path / "data", "--output-dir", tmp_path / "out")
-    assert (result.status, result.lines[-1]) == (130, "interrupted")
-    assert not snapshot(tmp_path / "data")
+def test_download_never_replaces_files_in_a_directory_that_the_user_has_named(tmp_path, mirror):
+    raw = write_idx(tmp_path / "mine", seed=5)
+    (raw / NAMES[2]).unlink()
+    compress(raw, NAMES[:1])
+    before = snapshot(tmp_path)
+    server = mirror()
+    with pytest.raises(script.InputError, match=NAMES[2]):
+        script.load_data("auto", tmp_path / "mine")
+    assert not server.requests and snapshot(tmp_path).items() >= before.items()
+
+
+def test_kaggles_folder_is_no_reason_to_download(tmp_path, mirror):
+    server, raw = mirror(), write_idx(tmp_path / "mine")
+    for name in NAMES:
+        rename_as_7_zip_does(raw / name)
+    with pytest.raises(script.InputError, match=NAMES[2]):
+        script.load_data("auto", tmp_path / "mine")
+    assert not server.requests
+
+
+def test_script_without_the_sample_says_so(tmp_path):
+    """As where somebody has only downloaded the script."""
+    shutil.copy(script.__file__, tmp_path / "alone.py")
+    command = [sys.executable, tmp_path / "alone.py", "--dataset", "sample"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert str(tmp_path / "data" / "sample" / "MNIST" / "raw") in result.stderr
