@@ -8,7 +8,7 @@
 
 `python mnist_autoencoder.py` trains a 784-512-256-128-256-512-784 network to compress each 28x28
 image to a latent code of 128 numbers and to reconstruct the image from that code. After 100 epochs,
-its mean squared error is 0.00071 on the training images and 0.00086 on the test images. PCA, the
+its mean squared error is 0.00067 on the training images and 0.00081 on the test images. PCA, the
 best linear method on the training images, reaches 0.00421 on the test images with codes of the same
 size. NumPy does all of the network's computations; torchvision loads MNIST, scikit-learn fits PCA.
 To experiment, edit Settings and LAYERS, the tables from which everything else follows.
@@ -56,16 +56,14 @@ class Settings:
     batch_size: int = 256  # images per mini-batch
     # Peak learning rate. It is large because the gradients of a loss per pixel are small.
     learning_rate: float = 28.0
-    # The fraction of the run after which the learning rate begins to fall to 0.
-    decay_start: float = 0.25
+    decay_start: float = 0.25  # the fraction of the run after which the rate falls linearly to 0
     # Momentum coefficient. At 0.98, the velocity is roughly the sum of the last 50 gradients.
     momentum: float = 0.98
-    # Gradient clipping: a gradient with a larger norm is scaled down to this norm. Few are that
-    # large, but a single large step could push every output below 0 or above 1, where clip's
-    # derivative is 0. All gradients would then be 0, and learning would stop.
+    # Gradient clipping: a gradient with a larger norm is scaled down to this norm. Otherwise, a
+    # single large step could push every output below 0 or above 1, where clip's derivative is 0.
+    # All gradients would then be 0, and learning would stop.
     max_gradient_norm: float = 0.0025
-    # Weight decay, for weights and biases alike. It is divided by the number of training images,
-    # because larger sets need less regularisation.
+    # Weight decay, divided by the number of images. It applies to weights and biases alike.
     weight_decay: float = 0.006
     seed: int = 0  # for the random initial weights and the shuffling of the images
 
@@ -270,9 +268,8 @@ def scheduled_learning_rate(step: int, total_steps: int, settings: Settings) -> 
     return settings.learning_rate * min(1, remaining / (1 - settings.decay_start))
 
 
-# An update passes several times over the parameters, the velocity and the gradient, 4.5 MB each.
-# Blocks of 256 KB stay in the processor's cache from one pass to the next, which makes a whole
-# training step about 10% faster.
+# An update passes several times over parameters, velocity and gradient, 4.5 MB each. Blocks of
+# 256 KB stay in the processor's cache between passes, which makes a training step 10% faster.
 BLOCK_SIZE = 65_536  # float32 values
 
 
@@ -424,8 +421,8 @@ def read_dataset(mnist_class: type, root: Path, download: bool) -> Dataset:
 def load_data(choice: str, data_dir: Path | None) -> Dataset:
     """The data set for --dataset ("auto", "mnist" or "sample") and --data-dir (None if not given).
 
-    If a download fails, "auto" falls back to the sample, but never if the user has named a
-    directory, or if it holds anything. Raises InputError or ImportError.
+    If a download fails, "auto" falls back to the sample, unless the user has named a directory or
+    it is not empty. Raises InputError or ImportError.
     """
     mnist_class = import_mnist()
     root = SAMPLE_DIR if choice == "sample" else data_dir or Path("data")
@@ -490,14 +487,6 @@ def new_run(dataset: Dataset, settings: Settings, baselines: Baselines) -> Run:
     return Run(model, velocity=np.zeros_like(model.parameters), losses=[], log=log)
 
 
-def save_run(run: Run, path: Path) -> None:
-    """Write a run to model.npz. Raises OSError."""
-    arrays = {"mean_image": run.model.mean_image, "parameters": run.model.parameters}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays, velocity=run.velocity, losses=run.losses, log=run.log)
-    write_atomically(path, buffer.getvalue())
-
-
 def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
     """Read a run, whose log must begin with `header`, from model.npz. Raises InputError."""
     advice = "run without --resume to start a new run"
@@ -542,7 +531,7 @@ def describe_machine() -> str:
 def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
     """Train for the remaining epochs, and save, log and print each of them.
 
-    Raises OSError, or FloatingPointError if training diverges.
+    Raises FloatingPointError if training diverges, or OSError.
     """
     test_pixels = to_pixels(dataset.test_images)
     some_pixels = to_pixels(dataset.images[:10_000])  # enough to estimate a training loss
@@ -562,7 +551,10 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         line = f"Epoch {epoch}, Loss: {loss:.6f}, Test Loss: {test_loss:.6f}, Time: {seconds:.1f}s"
         losses = [*run.losses, [loss, test_loss]]
         log = f"{run.log}{line}\n"
-        save_run(replace(run, losses=losses, log=log), output / "model.npz")
+        arrays = {"mean_image": run.model.mean_image, "parameters": run.model.parameters}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays, velocity=run.velocity, losses=losses, log=log)
+        write_atomically(output / "model.npz", buffer.getvalue())
         run.losses = losses  # only now, as main promises after Ctrl-C that these epochs are saved
         run.log = log
         with open(output / "training_log.txt", "a") as file:
@@ -589,7 +581,7 @@ def plot_losses(losses, baselines: Baselines, name: str, settings: Settings) -> 
     axes.axvline(decay, c="gray", lw=0.8, label="the learning rate begins to fall")
     axes.set_title(f"Loss on {name} (mean image: {baselines.mean_image_loss:.4f})")
     axes.set(xlabel="epoch", ylabel="mean squared error", yscale="log")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(10, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()

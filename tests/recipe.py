@@ -200,8 +200,15 @@ def ablation(mnist, _):
 # Selection. --------------------------------------------------------------------------------------
 SELECTION = (
     {},
-    {"learning_rate": script.Settings.learning_rate / 2},
-    {"learning_rate": script.Settings.learning_rate * 2},
+    {"learning_rate": 20.0},
+    {"learning_rate": 36.0},
+    {"batch_size": 128, "learning_rate": 14.0},
+    {"batch_size": 384, "learning_rate": 36.0},
+    {"decay_start": 0.5},
+    {"momentum": 0.985},
+    {"max_gradient_norm": 0.005},
+    {"weight_decay": 0.012},
+    {"batch_size": 128, "learning_rate": 8.0, "decay_start": 0.5, "max_gradient_norm": 0.005},
 )
 
 
@@ -252,7 +259,7 @@ EXERCISES = (  # name, ((old text, new text), ...); each old text occurs once in
     ("momentum 0.9", ((f"{MOMENTUM}{script.Settings.momentum}", f"{MOMENTUM}0.9"),)),
     ("a mini-batch of 32 images", ()),
 )
-OPTIONS = {"a mini-batch of 32 images": ["--batch-size", "32"]}  # instead of an edit
+BATCH_SIZES = {"a mini-batch of 32 images": 32}  # by --batch-size instead of an edit
 
 
 def edited_script(edits):
@@ -274,8 +281,9 @@ def exercises(mnist, _):
     print_head("edit", "training loss", "test loss", "PCA with a code of this size, test")
     for name, edits in (("(none)", ()), *EXERCISES):
         module = edited_script(edits)
-        options = ["--epochs", str(MNIST_EPOCHS), *OPTIONS.get(name, [])]
-        settings = module.choose_settings(module.parse_arguments(options), len(mnist.images))
+        batch_size = BATCH_SIZES.get(name, module.Settings.batch_size)
+        rate = module.default_learning_rate(batch_size)
+        settings = module.Settings(MNIST_EPOCHS, batch_size, rate)
         model = module.Autoencoder(mnist.images.mean(axis=0) / 255, settings.seed)
         losses = final_losses(model, mnist, settings, module)
         losses = (*losses, module.compute_baselines(mnist).pca_loss)

@@ -232,7 +232,7 @@ def test_divergence_keeps_the_last_good_epoch(small, tmp_path, monkeypatch, weig
     assert result_of(tmp_path) == result_of(whole)
 
 
-@pytest.mark.parametrize(("rate", "count"), [(1000, 2), (1000, 1), (300, 5)])
+@pytest.mark.parametrize(("rate", "count"), [(1000, 2), (1000, 1), (500, 5)])
 def test_ending_worse_than_the_mean_image_is_an_error(tmp_path, rate, count):
     flags = ("--dataset", "sample", "--epochs", count, "--output-dir", tmp_path)
     fails(call(*flags, "--lr", rate), 1, f"--lr below {rate}")
@@ -385,7 +385,6 @@ def test_requirements_are_those_of_the_inline_metadata_and_what_the_script_impor
 def test_commands_and_python_of_the_readme_run(sample_run, tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     shutil.copy(sample_run.directory / "model.npz", tmp_path)
-    (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^(?:uv run|python) mnist_autoencoder.py (.+)", readme, re.MULTILINE)
     assert commands
