@@ -226,7 +226,6 @@ def selection(mnist, arguments):
     columns = [name for name in asdict(rows[0]) if name not in ("epochs", "seed")]
     titles = [name.replace("_", " ") for name in columns]
     print_head(*titles, "training loss", "held-out loss")
-    # Two processes with one BLAS thread each are faster than one with two threads.
     spawn = {"mp_context": multiprocessing.get_context("spawn")}
     one_thread = {"initializer": threadpool_limits, "initargs": (1, "blas")}
     with ProcessPoolExecutor(2, **spawn, **one_thread) as pool:
