@@ -63,7 +63,7 @@ class Settings:
     # single large step could push every output below 0 or above 1, where clip's derivative is 0.
     # All gradients would then be 0, and learning would stop.
     max_gradient_norm: float = 0.0025
-    # Weight decay, divided by the number of images. It applies to weights and biases alike.
+    # Weight decay of weights and biases. train_epoch divides it by the number of training images.
     weight_decay: float = 0.006
     seed: int = 0  # for the random initial weights and the shuffling of the images
 
@@ -136,7 +136,7 @@ class Autoencoder:
     arxiv.org/abs/1502.01852); biases start at 0. The output layer is different: its weights start
     at 0 and its biases at the mean image, so that the untrained network reconstructs every image as
     the mean image. Random weights would clip many outputs from the start. In the first step, zero
-    weights pass no gradient back to the other layers; after it, they are no longer 0.
+    weights pass no gradient back to the other layers; after it, most of them are no longer 0.
 
     `mean_image` is the mean of the training images, of shape (784,). To check gradients, `layers`
     can be smaller and `dtype` float64. The attribute `parameters` holds all weights and biases in
@@ -144,7 +144,7 @@ class Autoencoder:
     """
 
     def __init__(self, mean_image, seed=0, layers=LAYERS, dtype=np.float32):
-        # The last layer must fit the first: the output has the size of the input.
+        # Compare each layer with the next, and the last with the first.
         for layer, following in zip(layers, (*layers[1:], layers[0]), strict=True):
             if layer.outputs != following.inputs:
                 fault = f"{layer.outputs} outputs are followed by {following.inputs} inputs"
@@ -262,10 +262,10 @@ def default_learning_rate(batch_size: int) -> float:
 
 def scheduled_learning_rate(step: int, total_steps: int, settings: Settings) -> float:
     """The learning rate of a step. Steps are numbered from 0 to total_steps - 1."""
-    # The second argument falls linearly to 0 at the end of the run. It is 1 at the fraction
-    # decay_start of the run; until then it is larger, so that the rate stays at its peak.
+    # The second argument of min exceeds 1 until the fraction decay_start of the run, then falls
+    # linearly to 0. If decay_start is 1, the rate never falls.
     remaining = (total_steps - step) / total_steps
-    return settings.learning_rate * min(1, remaining / (1 - settings.decay_start))
+    return settings.learning_rate * min(1, remaining / max(1 - settings.decay_start, 1e-9))
 
 
 # An update passes several times over parameters, velocity and gradient, 4.5 MB each. Blocks of
@@ -281,13 +281,13 @@ def sgd_step(parameters, velocity, gradient, learning_rate, weight_decay, settin
         v          <- momentum * (v + g)
         parameters <- parameters - learning_rate * (g + v)
 
-    Nesterov momentum moves a point p with a velocity, and evaluates the gradient where the velocity
-    is about to take p (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). That
-    look-ahead point itself is stored: parameters = p - learning_rate * v. The new gradient moves p
-    by -learning_rate * (v + g), and the new v looks ahead from there. So the look-ahead point moves
-    by -learning_rate * (g + new v), as in the last line of the rule; this is exact at a constant
-    learning rate. Apart from the clipping, the rule is torch.optim.SGD with nesterov=True, whose
-    momentum buffer is v / momentum.
+    Nesterov momentum evaluates the gradient where the velocity is about to take the parameters
+    (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). That look-ahead point is
+    what `parameters` stores: parameters = p - learning_rate * v for the point p behind it. When p
+    moves to p' = p - learning_rate * (v + g), and the velocity becomes v', the look-ahead point
+    becomes p' - learning_rate * v' = parameters - learning_rate * (g + v'), as in the rule above.
+    This is exact at a constant learning rate. Apart from the clipping, the rule is torch.optim.SGD
+    with nesterov=True, whose momentum buffer is v / momentum.
     """
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:
@@ -430,7 +430,8 @@ def load_data(choice: str, data_dir: Path | None) -> Dataset:
     empty = not any(raw.glob("*"))
     complete = len(list(raw.glob("*-ubyte"))) == 4
     # torchvision would overwrite files of another data set.
-    download = not complete and choice != "sample" and (empty or not data_dir)
+    may_download = choice != "sample" and (empty or not data_dir)
+    download = may_download and not complete
     if download:
         print(f"downloading MNIST to {raw}", file=sys.stderr)
     try:
@@ -498,7 +499,7 @@ def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
                     raise ValueError(f"its run had {found[2:]!r}, this one has {expected[2:]!r}")
             model = Autoencoder(file["mean_image"])
             velocity = np.zeros_like(model.parameters)
-            model.parameters[:] = file["parameters"]  # fails if the shape differs
+            model.parameters[:] = file["parameters"]  # fails if the size differs
             velocity[:] = file["velocity"]
             return Run(model, velocity, file["losses"].tolist(), log)
     except Exception as error:  # NumPy and zipfile raise many types of exception.

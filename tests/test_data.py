@@ -105,8 +105,7 @@ def make_smaller(path):
 DAMAGES = [cut, replace_by_web_page, rename_as_7_zip_does, compress_and_cut, make_smaller]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("damage", "name"), [*zip(DAMAGES, [*NAMES, NAMES[0]], strict=True)])
 def test_damaged_or_missing_file_is_one_line_and_never_a_reason_to_take_the_sample(
     tmp_path, name, damage
 ):
