@@ -1,6 +1,7 @@
 """The network and its training step against oracles: central differences and PyTorch."""
 
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -173,8 +174,10 @@ def recording(layer, seen):
 def test_learning_rate_is_constant_and_then_falls_to_zero(steps, start):
     settings = replace(Settings(), learning_rate=3.0, decay_start=start)
     rates = [script.scheduled_learning_rate(step, steps, settings) for step in range(steps)]
-    expected = np.interp(range(steps), [start * steps, steps], [3, 0]) if start < 1 else 3.0
-    np.testing.assert_allclose(rates, expected, rtol=1e-9, atol=1e-15)
+    falling_steps = Fraction(1 - start) * steps  # exact, as the starts are sums of powers of 2
+    left = range(steps, 0, -1)
+    expected = [3 * float(min(1, n / falling_steps)) if falling_steps else 3 for n in left]
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
 
 
 def test_default_learning_rate_is_linear_up_to_the_default_batch_size_then_a_square_root():
