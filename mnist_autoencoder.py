@@ -10,8 +10,7 @@
 image to a latent code of 128 numbers and to reconstruct the image from that code. After 100 epochs,
 its mean squared error is 0.00067 on the training images and 0.00081 on the test images. PCA, the
 best linear method on the training images, reaches 0.00421 on the test images with codes of the same
-size. NumPy does all of the network's computations; torchvision loads MNIST, scikit-learn fits PCA.
-To experiment, edit Settings and LAYERS, the tables from which everything else follows.
+size. To experiment, edit Settings and LAYERS, the tables from which everything else follows.
 """
 
 import argparse
@@ -25,14 +24,15 @@ import socket
 import sys
 import time
 from collections import namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit(f"error: Python 3.10 or later is needed; this is {platform.python_version()}")
 if __name__ == "__main__":
-    os.environ.pop("MPLBACKEND", None)  # A notebook sets it, but the script only draws into files.
+    # A notebook sets it; if its backend is missing here, Matplotlib cannot be imported.
+    os.environ.pop("MPLBACKEND", None)
 
 try:
     import joblib
@@ -54,16 +54,16 @@ class Settings:
 
     epochs: int = 100  # passes over the training images
     batch_size: int = 256  # images per mini-batch
-    # Peak learning rate. It is large because the gradients of a loss per pixel are small.
+    # Peak learning rate for this batch size. It is large, as a loss per pixel has small gradients.
     learning_rate: float = 28.0
     decay_start: float = 0.25  # the fraction of the run after which the rate falls linearly to 0
     # Momentum coefficient. At 0.98, the velocity is roughly the sum of the last 50 gradients.
     momentum: float = 0.98
     # Gradient clipping: a gradient with a larger norm is scaled down to this norm. Otherwise, a
-    # single large step could push every output below 0 or above 1, where clip's derivative is 0.
-    # All gradients would then be 0, and learning would stop.
+    # single large step could push every output below 0 or above 1, where the derivative of the
+    # output layer's activation is 0. All gradients would then be 0, and learning would stop.
     max_gradient_norm: float = 0.0025
-    # Weight decay of weights and biases. train_epoch divides it by the number of training images.
+    # Weight decay of weights and biases. train_epoch divides it by the number of images.
     weight_decay: float = 0.006
     seed: int = 0  # for the random initial weights and the shuffling of the images
 
@@ -72,7 +72,7 @@ class Settings:
 def elu(z):
     """z where z > 0, exp(z) - 1 elsewhere (Clevert et al. 2016, arxiv.org/abs/1511.07289)."""
     # Where z > 0, the second argument is exp(0) - 1 = 0; elsewhere, exp(z) - 1 is never below z.
-    # np.where takes 9 times as long, np.expm1 4. The -80 avoids subnormal numbers, which are slow.
+    # np.where and np.expm1 are much slower. The -80 avoids subnormal numbers, which are slow, too.
     return np.maximum(z, np.exp(np.clip(z, -80, 0)) - 1)
 
 
@@ -136,11 +136,12 @@ class Autoencoder:
     arxiv.org/abs/1502.01852); biases start at 0. The output layer is different: its weights start
     at 0 and its biases at the mean image, so that the untrained network reconstructs every image as
     the mean image. Random weights would clip many outputs from the start. In the first step, zero
-    weights pass no gradient back to the other layers; after it, most of them are no longer 0.
+    weights pass no gradient back to the other layers; after it, most of these weights are not 0.
 
-    `mean_image` is the mean of the training images, of shape (784,). To check gradients, `layers`
-    can be smaller and `dtype` float64. The attribute `parameters` holds all weights and biases in
-    one vector, and a_(code_index) is the code. Layers that do not fit together raise ValueError.
+    `mean_image` is the mean of the training images, of shape (784,), with pixels in [0, 1]. To
+    check gradients, `layers` can be smaller and `dtype` float64. The attribute `parameters` holds
+    all weights and biases in one vector, and a_(code_index) is the code. Layers that do not fit
+    together raise ValueError.
     """
 
     def __init__(self, mean_image, seed=0, layers=LAYERS, dtype=np.float32):
@@ -152,7 +153,7 @@ class Autoencoder:
         self.mean_image = np.asarray(mean_image, dtype)
         self.layers = layers
         hidden_sizes = [layer.outputs for layer in layers[:-1]]
-        self.code_index = hidden_sizes.index(min(hidden_sizes)) + 1
+        self.code_index = hidden_sizes.index(min(hidden_sizes)) + 1  # Layer k computes a_(k+1).
         size = sum((layer.inputs + 1) * layer.outputs for layer in layers)
         self.parameters = np.zeros(size, dtype)
         weights, biases = self.split(self.parameters)
@@ -182,7 +183,7 @@ class Autoencoder:
         return self.apply_layers(images - self.mean_image, range(len(self.layers)))
 
     def apply_layers(self, a: np.ndarray, chosen: range) -> list[np.ndarray]:
-        """a, the input of the first chosen layer, and the outputs of all chosen layers."""
+        """The input a of the first chosen layer, then the output of each chosen layer."""
         weights, biases = self.split(self.parameters)
         activations = [a]
         for k in chosen:
@@ -216,14 +217,14 @@ class Autoencoder:
         return gradient
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """The latent codes (n, 128) of images (n, 784) or (n, 28, 28).
+        """The latent codes (n, 128) of images (n, 784) or (n, 28, 28), for use after training.
 
         Pixels are of dtype uint8 or lie in [0, 1]. Raises ValueError for other images.
         """
         size = self.mean_image.size
         x = images / 255 if images.dtype == np.uint8 else images
         if np.prod(x.shape[1:]) != size or not ((x >= 0) & (x <= 1)).all():
-            raise ValueError(f"expected uint8 or pixels in [0, 1], {size} an image: {x.shape}")
+            raise ValueError(f"not {size} pixels an image, uint8 or in [0, 1]: {x.shape}, {x}")
         return self.forward(x.reshape(-1, size).astype(self.mean_image.dtype))[self.code_index]
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -232,6 +233,8 @@ class Autoencoder:
 
 
 # What the rest of the script needs to know about LAYERS.
+if len(LAYERS) < 2:
+    sys.exit(f"error: LAYERS in {__file__} has no hidden layer, whose output would be the code")
 IMAGE_SIZE = LAYERS[0].inputs
 CODE_SIZE = min(layer.outputs for layer in LAYERS[:-1])
 SIZES = "-".join(str(size) for size in (IMAGE_SIZE, *(layer.outputs for layer in LAYERS)))
@@ -246,7 +249,7 @@ def to_pixels(images: np.ndarray) -> np.ndarray:
 
 
 def mean_squared_error(outputs: np.ndarray, images: np.ndarray) -> float:
-    """The mean of (outputs - images)^2 over all images and pixels. Pixels lie in [0, 1]."""
+    """The mean of (outputs - images)^2 over all images and pixels."""
     return float(np.mean(np.square(outputs - images)))
 
 
@@ -262,8 +265,8 @@ def default_learning_rate(batch_size: int) -> float:
 
 def scheduled_learning_rate(step: int, total_steps: int, settings: Settings) -> float:
     """The learning rate of a step. Steps are numbered from 0 to total_steps - 1."""
-    # The second argument of min exceeds 1 until the fraction decay_start of the run, then falls
-    # linearly to 0. If decay_start is 1, the rate never falls.
+    # The second argument of min falls linearly to 0 and passes 1 when the fraction decay_start of
+    # the run is over. If decay_start is 1, the rate never falls.
     remaining = (total_steps - step) / total_steps
     return settings.learning_rate * min(1, remaining / max(1 - settings.decay_start, 1e-9))
 
@@ -273,21 +276,22 @@ def scheduled_learning_rate(step: int, total_steps: int, settings: Settings) -> 
 BLOCK_SIZE = 65_536  # float32 values
 
 
-def sgd_step(parameters, velocity, gradient, learning_rate, weight_decay, settings: Settings):
+def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Settings):
     """Take one step of SGD with Nesterov momentum. All three vectors are overwritten.
 
         g          <- gradient, scaled down to max_gradient_norm if its norm is larger
-        g          <- g + weight_decay * parameters
+        g          <- g + decay * parameters
         v          <- momentum * (v + g)
         parameters <- parameters - learning_rate * (g + v)
 
-    Nesterov momentum evaluates the gradient where the velocity is about to take the parameters
-    (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). That look-ahead point is
-    what `parameters` stores: parameters = p - learning_rate * v for the point p behind it. When p
-    moves to p' = p - learning_rate * (v + g), and the velocity becomes v', the look-ahead point
-    becomes p' - learning_rate * v' = parameters - learning_rate * (g + v'), as in the rule above.
-    This is exact at a constant learning rate. Apart from the clipping, the rule is torch.optim.SGD
-    with nesterov=True, whose momentum buffer is v / momentum.
+    Nesterov momentum evaluates the gradient where the velocity is about to take the parameters p,
+    at the look-ahead point q = p - learning_rate * v (Sutskever et al. 2013,
+    proceedings.mlr.press/v28/sutskever13.html). `parameters` stores q, not p. When p moves to
+    p' = p - learning_rate * (v + g), and v becomes v' = momentum * (v + g), q moves to
+    q' = p' - learning_rate * v' = q - learning_rate * (g + v'), which is the last line above. This
+    is exact at a constant learning rate. Apart from the clipping, the rule is torch.optim.SGD with
+    nesterov=True, whose momentum buffer is v / momentum; the paper's velocity is
+    -learning_rate * v / momentum.
     """
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:
@@ -296,8 +300,8 @@ def sgd_step(parameters, velocity, gradient, learning_rate, weight_decay, settin
         block = slice(start, start + BLOCK_SIZE)
         g = gradient[block]
         v = velocity[block]
-        # g <- g + weight_decay * parameters
-        g += weight_decay * parameters[block]
+        # g <- g + decay * parameters
+        g += decay * parameters[block]
         # v <- momentum * (v + g)
         v += g
         v *= settings.momentum
@@ -316,19 +320,19 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
     batch_starts = range(0, len(images), settings.batch_size)
     total_steps = settings.epochs * len(batch_starts)
     first_step = (epoch - 1) * len(batch_starts)
-    # Every epoch has a generator of its own, so that a resumed run shuffles like one that was never
-    # interrupted. NumPy treats (s, 0) like s, the seed of the weights; so epochs count from 1.
+    # A generator for each epoch, so that a resumed run shuffles like one never interrupted.
     order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
-    weight_decay = settings.weight_decay / len(images)
+    # The more images there are, the less weight decay is needed.
+    decay = settings.weight_decay / len(images)
     loss_sum = 0.0
     for step, batch_start in enumerate(batch_starts, first_step):
         chosen = order[batch_start : batch_start + settings.batch_size]
         batch = to_pixels(images[chosen])
         activations = model.forward(batch)
+        loss_sum += mean_squared_error(activations[-1], batch) * len(batch)
         gradient = model.backward(activations, batch)
         learning_rate = scheduled_learning_rate(step, total_steps, settings)
-        sgd_step(model.parameters, velocity, gradient, learning_rate, weight_decay, settings)
-        loss_sum += mean_squared_error(activations[-1], batch) * len(batch)
+        sgd_step(model.parameters, velocity, gradient, learning_rate, decay, settings)
     return loss_sum / len(images)
 
 
@@ -350,11 +354,11 @@ class Dataset:
 
 
 SAMPLE_DIR = Path(__file__).resolve().parent / "data" / "sample"
-# The names of data sets by checksum. Any other data set is called like its directory.
+# The names of data sets by checksum. Any other data set is named after its directory.
 NAMES = {"06b0d1f124c4e5fa": "MNIST", "8a7adbe9b5c3bf45": "a sample of MNIST"}
-FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and \
-t10k-labels-idx1-ubyte, each as it is or as .gz"
-SERVER_TIMEOUT = 30  # seconds
+FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+FILES += "t10k-labels-idx1-ubyte, each as it is or as .gz"
+SERVER_TIMEOUT = 30  # seconds until a server that does not answer is given up
 
 
 def explain(error: Exception) -> str:
@@ -363,8 +367,8 @@ def explain(error: Exception) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file of this process, then rename it, so that `path` is never cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write a temporary file, then rename it, so that `path` is never half-written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.mnist_autoencoder")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
@@ -376,11 +380,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def import_mnist() -> type:
-    """torchvision's class for MNIST. Raises ImportError, whatever keeps it from being imported."""
+    """torchvision's class for MNIST. Raises ImportError if the import fails for any reason."""
     try:
         from torchvision import datasets  # here, because PyTorch takes seconds to import
     except Exception as error:  # RuntimeError, for example, if it was built for another PyTorch
-        raise ImportError(f"torchvision must be installed again: {explain(error)}") from error
+        raise ImportError(f"torchvision cannot be used; reinstall it: {explain(error)}") from error
 
     class MNIST(datasets.MNIST):  # torchvision names the folder of the files after the class.
         def _check_legacy_exist(self):
@@ -393,47 +397,41 @@ def read_dataset(mnist_class: type, root: Path, download: bool) -> Dataset:
     """Read the files in root/MNIST/raw, or download them first. Raises many types of exception."""
     for archive in (root / "MNIST" / "raw").glob("*.gz"):
         file = archive.with_suffix("")
-        if not (download or file.exists()):  # torchvision unpacks only what it may download.
+        if not (download or file.exists()):  # torchvision unpacks only if download is True.
             write_atomically(file, gzip.decompress(archive.read_bytes()))
-    previous_timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SERVER_TIMEOUT)
-    try:
-        parts = [mnist_class(root, train=train, download=download) for train in (True, False)]
-    finally:
-        socket.setdefaulttimeout(previous_timeout)
-    arrays = []
-    for part in parts:
-        # part.data.numpy() would fail if PyTorch was built for another version of NumPy.
-        images = np.from_dlpack(part.data)
-        labels = np.from_dlpack(part.targets).astype(np.uint8)
-        if images[0].size != IMAGE_SIZE or len(images) != len(labels) or len(images) < 2:
-            found = f"images {images.shape} and labels {labels.shape}"
-            raise ValueError(f"{found} instead of images with {IMAGE_SIZE} pixels and a label each")
-        arrays += [images.reshape(-1, IMAGE_SIZE), labels]
-    checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
+    parts = [mnist_class(root, train=train, download=download) for train in (True, False)]
+    # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
+    images, test_images = [np.from_dlpack(part.data) for part in parts]
+    labels, test_labels = [np.from_dlpack(part.targets).astype(np.uint8) for part in parts]
+    for x, y in ((images, labels), (test_images, test_labels)):
+        if len(x) < 2 or len(x) != len(y) or x[0].size != IMAGE_SIZE:
+            found = f"images {x.shape} with labels {y.shape}"
+            raise ValueError(f"{found}, not 2 or more images of {IMAGE_SIZE} pixels with labels")
+    content = b"".join([images, labels, test_images, test_labels])  # the bytes of these arrays
+    checksum = hashlib.sha256(content).hexdigest()[:16]
     name = NAMES.get(checksum, root.resolve().name)
-    train_images, _, test_images, test_labels = arrays
-    counts = f"{len(train_images)} training and {len(test_images)} test images"
-    description = f"{name}, {counts}, sha256 {checksum}"
-    return Dataset(name, description, train_images, test_images, test_labels, images.shape[1:])
+    facts = f"{name}, {len(images)} training and {len(test_images)} test images, sha256 {checksum}"
+    rows = images.reshape(-1, IMAGE_SIZE)
+    test_rows = test_images.reshape(-1, IMAGE_SIZE)
+    return Dataset(name, facts, rows, test_rows, test_labels, images.shape[1:])
 
 
 def load_data(choice: str, data_dir: Path | None) -> Dataset:
     """The data set for --dataset ("auto", "mnist" or "sample") and --data-dir (None if not given).
 
-    If a download fails, "auto" falls back to the sample, unless the user has named a directory or
-    it is not empty. Raises InputError or ImportError.
+    If a download fails, "auto" falls back to the sample, unless --data-dir was given or there were
+    files in data/MNIST/raw before. Raises InputError or ImportError.
     """
     mnist_class = import_mnist()
     root = SAMPLE_DIR if choice == "sample" else data_dir or Path("data")
     raw = root / "MNIST" / "raw"
     empty = not any(raw.glob("*"))
     complete = len(list(raw.glob("*-ubyte"))) == 4
-    # torchvision would overwrite files of another data set.
-    may_download = choice != "sample" and (empty or not data_dir)
-    download = may_download and not complete
+    # Files in a directory that the user has named are never completed, nor overwritten.
+    download = choice != "sample" and not complete and (empty or not data_dir)
     if download:
         print(f"downloading MNIST to {raw}", file=sys.stderr)
+        socket.setdefaulttimeout(SERVER_TIMEOUT)
     try:
         return read_dataset(mnist_class, root, download)
     except Exception as error:
@@ -441,12 +439,13 @@ def load_data(choice: str, data_dir: Path | None) -> Dataset:
         if empty and choice == "auto" and not data_dir:
             print(f"warning: {problem}; using a sample of 5,000 images", file=sys.stderr)
             return load_data("sample", None)
-        raise InputError(f"{problem}: add {FILES}; or use --dataset sample") from error
+        advice = "" if choice == "sample" else "; or use --dataset sample"
+        raise InputError(f"{problem}: add {FILES}{advice}") from error
 
 
 # -------------------------------------------------------------------------------------------- run
 PLOTS = ("loss_curve.png", "latent_space.png", "reconstructions.png")
-# Test losses to compare the network with: of the mean training image, and of PCA.
+# The test loss of the mean training image, that of PCA, and the fitted PCA.
 Baselines = namedtuple("Baselines", ["mean_image_loss", "pca_loss", "pca"])
 
 
@@ -461,7 +460,7 @@ def compute_baselines(dataset: Dataset) -> Baselines:
 
 @dataclass
 class Run:
-    """The state of a run after its last completed epoch, as stored in model.npz."""
+    """The state of a run. model.npz stores it after every epoch."""
 
     model: Autoencoder
     velocity: np.ndarray  # a vector with the layout of model.parameters
@@ -470,7 +469,7 @@ class Run:
 
 
 def log_header(description: str, settings: Settings) -> str:
-    """The first lines of a log. A run is only resumed if they are those that it began with."""
+    """The first lines of a log. To be resumed, a run must have begun with the same header."""
     facts = {"network": NETWORK, "data": description, **asdict(settings)}
     return "".join(f"# {name}: {value}\n" for name, value in facts.items())
 
@@ -489,17 +488,17 @@ def new_run(dataset: Dataset, settings: Settings, baselines: Baselines) -> Run:
 
 
 def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
-    """Read a run, whose log must begin with `header`, from model.npz. Raises InputError."""
+    """Read a run of this network, whose log begins with `header`. Raises InputError."""
     advice = "run without --resume to start a new run"
     try:
         with np.load(path) as file:
             log = str(file["log"])
             for found, expected in zip(log.splitlines(), header.splitlines(), strict=False):
                 if found != expected:
-                    raise ValueError(f"its run had {found[2:]!r}, this one has {expected[2:]!r}")
+                    raise ValueError(f"its log says {found!r} instead of {expected!r}")
             model = Autoencoder(file["mean_image"])
             velocity = np.zeros_like(model.parameters)
-            model.parameters[:] = file["parameters"]  # fails if the size differs
+            model.parameters[:] = file["parameters"]
             velocity[:] = file["velocity"]
             return Run(model, velocity, file["losses"].tolist(), log)
     except Exception as error:  # NumPy and zipfile raise many types of exception.
@@ -507,11 +506,11 @@ def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
 
 
 def prepare_output(output: Path, log: str) -> None:
-    """Write the log so far; remove plots of another run and temporary files of a killed one."""
+    """Write the log so far; remove old plots and the temporary files of a killed run."""
     plots = output / "plots"
     try:
         plots.mkdir(parents=True, exist_ok=True)
-        leftovers = [*output.glob(".*.partial"), *plots.glob(".*.partial")]
+        leftovers = [*output.glob(".*.mnist_autoencoder"), *plots.glob(".*.mnist_autoencoder")]
         for path in (*leftovers, *(plots / name for name in PLOTS)):
             path.unlink(missing_ok=True)
         write_atomically(output / "training_log.txt", log.encode())
@@ -519,7 +518,7 @@ def prepare_output(output: Path, log: str) -> None:
         raise InputError(f"{output} is not writable ({error}): use another --output-dir") from error
 
 
-def describe_machine() -> str:
+def describe_libraries() -> str:
     """What affects floating-point rounding: versions, BLAS libraries, their kernels and threads."""
     facts = [f"Python {platform.python_version()}, NumPy {np.__version__}"]
     for pool in threadpool_info():
@@ -535,7 +534,7 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
     Raises FloatingPointError if training diverges, or OSError.
     """
     test_pixels = to_pixels(dataset.test_images)
-    some_pixels = to_pixels(dataset.images[:10_000])  # enough to estimate a training loss
+    some_pixels = to_pixels(dataset.images[:: 1 + len(dataset.images) // 10_000])  # 10,000 or fewer
     untrained = Autoencoder(run.model.mean_image, settings.seed)
     untrained_loss = mean_squared_error(untrained.forward(some_pixels)[-1], some_pixels)
     done = len(run.losses)
@@ -546,7 +545,8 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         loss = train_epoch(run.model, run.velocity, dataset.images, epoch, settings)
         test_loss = mean_squared_error(run.model.forward(test_pixels)[-1], test_pixels)
         seconds = time.perf_counter() - start
-        if not (loss <= 1.01 * untrained_loss and np.isfinite(test_loss)):  # also catches NaN
+        # 1% more is allowed, because some_pixels are not all. Comparisons with NaN are false.
+        if not (loss <= 1.01 * untrained_loss and np.isfinite(test_loss)):
             problem = f"training diverged: training loss {loss:.4f} in epoch {epoch}"
             raise FloatingPointError(f"{problem}; try an --lr below {settings.learning_rate:g}")
         line = f"Epoch {epoch}, Loss: {loss:.6f}, Test Loss: {test_loss:.6f}, Time: {seconds:.1f}s"
@@ -556,14 +556,14 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         buffer = io.BytesIO()
         np.savez(buffer, **arrays, velocity=run.velocity, losses=losses, log=log)
         write_atomically(output / "model.npz", buffer.getvalue())
-        run.losses = losses  # only now, as main promises after Ctrl-C that these epochs are saved
+        run.losses = losses  # after saving, because main reports them after Ctrl-C
         run.log = log
         with open(output / "training_log.txt", "a") as file:
             file.write(f"{line}\n")
         with tqdm.external_write_mode():  # above the progress bar
             print(line, flush=True)
     if run.losses[-1][1] > untrained_loss / 2:
-        problem = "the test loss is more than half that of the untrained network"
+        problem = "the test loss is more than half the untrained network's training loss"
         print(f"warning: {problem}; train longer or try another --lr", file=sys.stderr)
 
 
@@ -594,12 +594,13 @@ def plot_losses(losses, baselines: Baselines, name: str, settings: Settings) -> 
 def plot_latent_space(codes: np.ndarray, dataset: Dataset) -> Figure:
     """The first two principal components of the latent codes (m, 128) of the test images."""
     pca = PCA(2, svd_solver="full")
-    points = pca.fit_transform(np.pad(codes, [(0, 0), (0, 1)]))  # 2 columns even for codes of 1
+    # A column of zeros is added, so that PCA(2) works for codes of one number, too.
+    points = pca.fit_transform(np.pad(codes, [(0, 0), (0, 1)]))
     first, second = pca.explained_variance_ratio_
     figure = Figure(figsize=(8, 7), dpi=150, layout="constrained")
     axes = figure.subplots()
-    view = f"2 of {CODE_SIZE} principal components, {first + second:.0%} of the variance"
-    axes.set_title(f"Latent codes of the test images of {dataset.name}:\n{view}")
+    shown = f"{min(2, CODE_SIZE)} of {CODE_SIZE} principal components"
+    axes.set_title(f"Latent codes of the test images of {dataset.name}:\n{shown}")
     axes.set_xlabel(f"first principal component ({first:.1%} of the variance)")
     axes.set_ylabel(f"second principal component ({second:.1%} of the variance)")
     axes.set_aspect("equal", adjustable="datalim")
@@ -615,7 +616,7 @@ def plot_latent_space(codes: np.ndarray, dataset: Dataset) -> Figure:
 
 
 def plot_reconstructions(dataset: Dataset, outputs: np.ndarray, pca: PCA) -> Figure:
-    """The first image of each digit, and its reconstructions. `outputs` are those of all images."""
+    """The first image of each label, and its reconstructions. `outputs`: of all test images."""
     _, first_places = np.unique(dataset.test_labels, return_index=True)
     chosen = first_places[:10]
     originals = to_pixels(dataset.test_images[chosen])
@@ -624,11 +625,9 @@ def plot_reconstructions(dataset: Dataset, outputs: np.ndarray, pca: PCA) -> Fig
     rows["PCA"] = pca.inverse_transform(pca.transform(originals))
     rows["PCA's error"] = rows["PCA"] - originals
     figure = Figure(figsize=(10, 5.7), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    figure.suptitle(
-        f"Test images of {dataset.name}, reconstructed from codes of {CODE_SIZE} numbers"
-    )
-    caption = "the first image of each digit; errors from -0.5 (blue) to 0.5 (red)"
+    what = f"Test images of {dataset.name}"
+    figure.suptitle(f"{what}, reconstructed from codes of {CODE_SIZE} numbers")
+    caption = "the first image of each label; errors from -0.5 (blue) to 0.5 (red)"
     figure.supxlabel(caption, fontsize="medium")
     grid = figure.subplots(len(rows), len(chosen), squeeze=False)
     for cells, (label, images) in zip(grid, rows.items(), strict=True):
@@ -647,7 +646,8 @@ def plot_reconstructions(dataset: Dataset, outputs: np.ndarray, pca: PCA) -> Fig
 def draw_plots(run: Run, dataset: Dataset, baselines: Baselines, settings: Settings, output: Path):
     """Draw the three plots and write them to output/plots. Raises OSError."""
     activations = run.model.forward(to_pixels(dataset.test_images))
-    with style.context("default"):  # ignores the user's matplotlibrc
+    # Ignore the user's matplotlibrc, and take a dollar sign in a directory's name as it is.
+    with style.context(["default", {"text.parse_math": False}]):
         figures = [plot_losses(run.losses, baselines, dataset.name, settings)]
         figures.append(plot_latent_space(activations[run.model.code_index], dataset))
         figures.append(plot_reconstructions(dataset, activations[-1], baselines.pca))
@@ -669,12 +669,11 @@ def number(kind: type, low: float, high: float, text: str) -> float:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Exits with status 2 if it is invalid."""
-    usage = "%(prog)s [options]"
-    text = "Train a deep autoencoder on MNIST. Writes training_log.txt, plots/ and model.npz."
-    parser = argparse.ArgumentParser(usage=usage, description=text, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", allow_abbrev=False)
+    parser.description = "Train an autoencoder; write training_log.txt, plots/ and model.npz."
 
-    def add(flag, convert, default, text):
-        text = f"{text} (default: {default})"
+    def add(flag, convert, default, meaning):
+        text = f"{meaning} (default: {default})"
         parser.add_argument(flag, type=convert, default=default, help=text)
 
     count = partial(number, int, 1, 100_000)
@@ -686,8 +685,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     default = f"{Settings.learning_rate:g} at batch size {Settings.batch_size}, scaled with it"
     text = f"peak learning rate (default: {default})"
     parser.add_argument("--lr", type=partial(number, float, 1e-6, 1000), help=text)
-    text = "where MNIST is, or is to be downloaded to (default: data)"
-    parser.add_argument("--data-dir", type=Path, help=text)
+    parser.add_argument("--data-dir", type=Path, help="where MNIST is, or goes (default: data)")
     text = "auto (default): MNIST, or a sample of 5,000 images if it cannot be downloaded"
     parser.add_argument("--dataset", choices=("auto", "mnist", "sample"), default="auto", help=text)
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
@@ -698,24 +696,26 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns 0, or 1 after a failure, 2 for invalid input, 130 after Ctrl-C."""
     if sys.stderr is None:  # stderr was closed, but tqdm and torchvision would write to it.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    arguments = parse_arguments(argv)
-    output = arguments.output_dir
+    args = parse_arguments(argv)
+    output = args.output_dir
     run = None
     try:
-        dataset = load_data(arguments.dataset, arguments.data_dir)
-        batch_size = min(arguments.batch_size, len(dataset.images))
-        learning_rate = arguments.lr or default_learning_rate(batch_size)
-        settings = Settings(arguments.epochs, batch_size, learning_rate)
-        settings = replace(settings, momentum=arguments.momentum, seed=arguments.seed)
-        # More than 8 threads do not help. joblib counts the cores that this process may use.
+        dataset = load_data(args.dataset, args.data_dir)
+        batch_size = min(args.batch_size, len(dataset.images))
+        rate = args.lr or default_learning_rate(batch_size)
+        others = {"momentum": args.momentum, "seed": args.seed}
+        settings = Settings(epochs=args.epochs, batch_size=batch_size, learning_rate=rate, **others)
+        # 8 threads, or fewer if this process may only use fewer. More than 8 do not help.
         threads = min(8, joblib.cpu_count(), *(pool["num_threads"] for pool in threadpool_info()))
         # Overflow needs no warning, because train checks the loss.
         with threadpool_limits(threads, "blas"), np.errstate(all="ignore"):
             baselines = compute_baselines(dataset)
-            run = new_run(dataset, settings, baselines)
-            if arguments.resume:
+            if args.resume:
                 run = load_run(output / "model.npz", log_header(dataset.description, settings))
-            run.log += f"# From epoch {len(run.losses) + 1} on: {describe_machine()}\n"
+            else:
+                run = new_run(dataset, settings, baselines)
+            if len(run.losses) < settings.epochs:
+                run.log += f"# From epoch {len(run.losses) + 1} on: {describe_libraries()}\n"
             prepare_output(output, run.log)
             print(run.log, end="", flush=True)
             train(run, dataset, settings, output)
@@ -728,8 +728,8 @@ def main(argv: list[str] | None = None) -> int:
             message += f"; --resume continues after epoch {len(run.losses)}"
     except InputError as error:
         status = 2
-        message = f"error: {error}"
-    except (OSError, ImportError, MemoryError, FloatingPointError) as error:
+        message = f"error: {explain(error)}"
+    except (OSError, ImportError, MemoryError, FloatingPointError, UnicodeError) as error:
         status = 1
         message = f"error: {explain(error)}"
     print(message, file=sys.stderr)

@@ -28,7 +28,7 @@ COMMON = "a common recipe"
 FULL_RACE = 10  # epochs of the race with all contenders
 FULL_RACE_ADAMS = [f"{rate}/{size}" for size in (128, 256) for rate in (25e-5, 5e-4, 1e-3, 2e-3)]
 TARGET = 0.0040  # the test loss to which a full race counts epochs and time
-WARM_UP = 1000  # steps in which Adam's rate rises, as its losses are higher without
+WARM_UP = 0.05  # the fraction of a run in which Adam's rate rises, as it does worse without
 BURST = 60  # steps
 ROUNDS = 20
 
@@ -62,19 +62,23 @@ def common_network():
     return torch.nn.Sequential(*layers), torch.zeros(784)
 
 
-def same_network(images, seed):
-    """The script's network with the same initial weights, and its mean image."""
-    model = script.Autoencoder(images.mean(axis=0) / 255, seed)
+def torch_network(model):
+    """The network of a model with the same parameters, made of PyTorch's own layers."""
     layers = []
-    all_weights, all_biases = model.split(model.parameters)
-    for weights, biases in zip(all_weights, all_biases, strict=True):
+    for weights, biases in zip(*model.split(model.parameters), strict=True):
         linear = torch.nn.Linear(*weights.shape)
         linear.weight.data = torch.tensor(weights.T.copy())
         linear.bias.data = torch.tensor(biases)
         layers += [linear, torch.nn.ELU()]
     layers[-1] = torch.nn.Hardtanh(0, 1)
-    del layers[5]
-    return torch.nn.Sequential(*layers), torch.tensor(model.mean_image)
+    del layers[5]  # the latent code is linear
+    return torch.nn.Sequential(*layers)
+
+
+def same_network(images, seed):
+    """The script's network with the same initial weights, and its mean image."""
+    model = script.Autoencoder(images.mean(axis=0) / 255, seed)
+    return torch_network(model), torch.tensor(model.mean_image)
 
 
 def same_optimizer(network, image_count, settings):
@@ -236,7 +240,7 @@ def rival_rate(recipe, step, total_steps, settings):
     rate = script.scheduled_learning_rate(step, total_steps, settings)
     if recipe == SAME:
         return rate
-    return rate * min(1, (step + 1) / min(WARM_UP, total_steps / 2))
+    return rate * min(1, (step + 1) / (WARM_UP * total_steps))
 
 
 def rival_epochs(images, test_pixels, settings, recipe):

@@ -11,6 +11,7 @@ All of them need MNIST, in `data` or where --data-dir says.
 import argparse
 import contextlib
 import importlib.util
+import inspect
 import multiprocessing
 import platform
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from itertools import repeat
+from itertools import islice
 from pathlib import Path
 from unittest import mock
 
@@ -34,8 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import mnist_autoencoder as script  # noqa: E402
 
-SEEDS = (0, 1, 2)
-MNIST_EPOCHS = 10  # for `ablation` and `exercises`
+MNIST_EPOCHS = 10  # of `ablation` and `exercises`
 SAMPLE_EPOCHS = 100
 
 
@@ -63,16 +63,17 @@ def print_machine(*packages):
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     processor = text.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
     versions = [f"{package} {version(package)}" for package in packages]
-    print("\n" + ", ".join([script.describe_machine(), processor, *versions]), flush=True)
+    print("\n" + ", ".join([script.describe_libraries(), processor, *versions]), flush=True)
 
 
 def final_losses(model, dataset, settings, module=script):
     """Train a new model; return its training loss and test loss after the last epoch."""
     velocity = np.zeros_like(model.parameters)
-    for epoch in range(1, settings.epochs + 1):
-        loss = module.train_epoch(model, velocity, dataset.images, epoch, settings)
     pixels = module.to_pixels(dataset.test_images)
-    return loss, module.mean_squared_error(model.forward(pixels)[-1], pixels)
+    with np.errstate(all="ignore"):
+        for epoch in range(1, settings.epochs + 1):
+            loss = module.train_epoch(model, velocity, dataset.images, epoch, settings)
+        return loss, module.mean_squared_error(model.forward(pixels)[-1], pixels)
 
 
 # Ablation. ---------------------------------------------------------------------------------------
@@ -89,10 +90,10 @@ def warm_up_rate(step, total_steps, settings):
     return min(settings.learning_rate * rise, scheduled_learning_rate(step, total_steps, settings))
 
 
-def classical_step(parameters, velocity, gradient, learning_rate, weight_decay, settings):
+def classical_step(parameters, velocity, gradient, learning_rate, decay, settings):
     """SGD with classical instead of Nesterov momentum."""
     gradient *= min(1, settings.max_gradient_norm / np.linalg.norm(gradient))
-    gradient += weight_decay * parameters
+    gradient += decay * parameters
     velocity *= settings.momentum
     velocity += gradient
     parameters -= learning_rate * velocity
@@ -171,7 +172,8 @@ VARIANTS = {
 }
 
 
-def variant_losses(variant, dataset, epochs, seed):
+def variant_losses(name, dataset, epochs, seed):
+    variant = VARIANTS[name]
     settings = script.Settings(epochs=epochs, seed=seed, **variant.settings)
     model = script.Autoencoder(dataset.images.mean(axis=0) / 255, seed, variant.layers)
     if variant.change:
@@ -181,20 +183,33 @@ def variant_losses(variant, dataset, epochs, seed):
         return final_losses(model, dataset, settings)
 
 
-def ablation(mnist, _):
+def in_two_processes(function, *columns):
+    """The results of function for the rows of these columns, computed with one thread each."""
+    spawn = {"mp_context": multiprocessing.get_context("spawn")}
+    one_thread = {"initializer": threadpool_limits, "initargs": (1, "blas")}
+    with ProcessPoolExecutor(2, **spawn, **one_thread) as pool:
+        yield from pool.map(function, *columns)
+
+
+def ablation(mnist, arguments):
     sample = script.load_data("sample", None)
+    runs = []
+    for name in VARIANTS:
+        for data, epochs in ((mnist, MNIST_EPOCHS), (sample, SAMPLE_EPOCHS)):
+            runs += [(name, data, epochs, seed) for seed in range(arguments.seeds)]
+    results = in_two_processes(variant_losses, *zip(*runs, strict=True))
     parts = ("MNIST, training", "MNIST, test", "sample, training", "sample, test")
     print_head("without", *parts)
-    for name, variant in VARIANTS.items():
+    for name in VARIANTS:
         cells = []
-        for dataset, epochs in ((mnist, MNIST_EPOCHS), (sample, SAMPLE_EPOCHS)):
-            losses = [variant_losses(variant, dataset, epochs, seed) for seed in SEEDS]
-            millionths = 1e6 * np.array(losses)
+        for _ in range(2):
+            millionths = 1e6 * np.array(list(islice(results, arguments.seeds)))
             means = millionths.mean(axis=0)
             deviations = millionths.std(axis=0, ddof=1)
             cells += [f"{m:,.0f} ± {d:,.0f}" for m, d in zip(means, deviations, strict=True)]
         print_row(name, *cells)
-    print_machine()
+    with threadpool_limits(1, "blas"):
+        print_machine()
 
 
 # Selection. --------------------------------------------------------------------------------------
@@ -214,8 +229,7 @@ SELECTION = (
 
 def held_out_losses(settings, dataset):
     model = script.Autoencoder(dataset.images.mean(axis=0) / 255, settings.seed)
-    with np.errstate(all="ignore"):
-        return final_losses(model, dataset, settings)
+    return final_losses(model, dataset, settings)
 
 
 def selection(mnist, arguments):
@@ -226,38 +240,42 @@ def selection(mnist, arguments):
     columns = [name for name in asdict(rows[0]) if name not in ("epochs", "seed")]
     titles = [name.replace("_", " ") for name in columns]
     print_head(*titles, "training loss", "held-out loss")
-    spawn = {"mp_context": multiprocessing.get_context("spawn")}
-    one_thread = {"initializer": threadpool_limits, "initargs": (1, "blas")}
-    with ProcessPoolExecutor(2, **spawn, **one_thread) as pool:
-        results = pool.map(held_out_losses, rows, repeat(dataset))
-        for settings, losses in zip(rows, results, strict=True):
-            numbers = [f"{getattr(settings, name):g}" for name in columns]
-            print_row(*numbers, *(f"{loss:.6f}" for loss in losses))
+    results = in_two_processes(held_out_losses, rows, [dataset] * len(rows))
+    for settings, losses in zip(rows, results, strict=True):
+        numbers = [f"{getattr(settings, name):g}" for name in columns]
+        print_row(*numbers, *(f"{loss:.6f}" for loss in losses))
     with threadpool_limits(1, "blas"):
         print_machine()
 
 
 # Exercises. --------------------------------------------------------------------------------------
+def define(*functions):
+    """The edit that adds these functions to the script."""
+    sources = "\n\n".join(inspect.getsource(function) for function in functions)
+    return "Layer = namedtuple", f"{sources}\n\nLayer = namedtuple"
+
+
+def code_of(size):
+    return ("Layer(256, 128,", f"Layer(256, {size},"), ("Layer(128,", f"Layer({size},")
+
+
 NORM = "max_gradient_norm: float = "
 MOMENTUM = "momentum: float = "
-EXERCISES = (  # name, ((old text, new text), ...); each old text occurs once in the script
-    ("a code of 32 numbers", (("Layer(256, 128,", "Layer(256, 32,"), ("Layer(128,", "Layer(32,"))),
-    ("a code of 2 numbers", (("Layer(256, 128,", "Layer(256, 2,"), ("Layer(128,", "Layer(2,"))),
-    (
-        "ReLU instead of ELU",
-        (
-            ("np.maximum(z, np.exp(np.clip(z, -80, 0)) - 1)", "np.maximum(z, 0)"),
-            ("np.minimum(a, 0) + 1", "a > 0"),
-        ),
+EXERCISES = {  # name: ((old text, new text), ...)
+    "(none)": (),
+    "a code of 32 numbers": code_of(32),
+    "a code of 2 numbers": code_of(2),
+    "ReLU instead of ELU": (
+        define(relu, relu_derivative),
+        (", elu, elu_derivative)", ", relu, relu_derivative)"),
     ),
-    (
-        "no gradient clipping",
-        ((f"{NORM}{script.Settings.max_gradient_norm}", f'{NORM}float("inf")'),),
+    "no gradient clipping": (
+        (f"{NORM}{script.Settings.max_gradient_norm}", f'{NORM}float("inf")'),
     ),
-    ("output biases at 0", (("biases[-1][:] = self.mean_image", ""),)),
-    ("momentum 0.9", ((f"{MOMENTUM}{script.Settings.momentum}", f"{MOMENTUM}0.9"),)),
-    ("a mini-batch of 32 images", ()),
-)
+    "output biases at 0": (("biases[-1][:] = self.mean_image", ""),),
+    "momentum 0.9": ((f"{MOMENTUM}{script.Settings.momentum}", f"{MOMENTUM}0.9"),),
+    "a mini-batch of 32 images": (),
+}
 BATCH_SIZES = {"a mini-batch of 32 images": 32}  # by --batch-size instead of an edit
 
 
@@ -265,7 +283,7 @@ def edited_script(edits):
     """The script as a module, with each old text replaced by the new text."""
     source = Path(script.__file__).read_text(encoding="utf-8")
     for old, new in edits:
-        assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
+        assert old in source, old
         source = source.replace(old, new)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "edited_script.py"
@@ -278,7 +296,7 @@ def edited_script(edits):
 
 def exercises(mnist, _):
     print_head("edit", "training loss", "test loss", "PCA with a code of this size, test")
-    for name, edits in (("(none)", ()), *EXERCISES):
+    for name, edits in EXERCISES.items():
         module = edited_script(edits)
         batch_size = BATCH_SIZES.get(name, module.Settings.batch_size)
         rate = module.default_learning_rate(batch_size)
@@ -316,6 +334,7 @@ def main():
     parser.add_argument("what", choices=jobs)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="holds MNIST/raw")
     parser.add_argument("--epochs", type=int, default=100, help="of `selection` (default: 100)")
+    parser.add_argument("--seeds", type=int, default=3, help="of `ablation` (default: 3)")
     text = "of `neighbours` (default: model.npz beside the script)"
     parser.add_argument("--model", type=Path, default=ROOT / "model.npz", help=text)
     arguments = parser.parse_args()

@@ -7,20 +7,19 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from benchmark import torch_network
 from conftest import script
 
 from mnist_autoencoder import LAYERS, Autoencoder, Settings
 
-SMALL = tuple(
-    layer._replace(inputs=inputs, outputs=outputs)
-    for layer, (inputs, outputs) in zip(LAYERS, pairwise((7, 6, 5, 3, 5, 6, 7)), strict=True)
-)
+SIZES = pairwise((7, 6, 5, 3, 5, 6, 7))
+SMALL = [x._replace(inputs=a, outputs=b) for x, (a, b) in zip(LAYERS, SIZES, strict=True)]
 
 
-def network(layers=LAYERS, dtype=np.float64, seed=0):
+def network(layers=LAYERS, dtype=np.float64):
     """A network whose parameters are all different from 0, some of whose outputs are clipped."""
-    rng = np.random.default_rng(seed)
-    model = Autoencoder(rng.random(layers[0].inputs), seed, layers, dtype)
+    rng = np.random.default_rng(0)
+    model = Autoencoder(rng.random(layers[0].inputs), 0, layers, dtype)
     weights, biases = model.split(model.parameters)
     weights[-1][:] = rng.normal(0, 0.5 / np.sqrt(len(weights[-1])), weights[-1].shape)
     for b in biases:
@@ -32,19 +31,6 @@ def pixels(n, seed=1, size=784):
     return np.random.default_rng(seed).random((n, size))
 
 
-def torch_twin(model):
-    """The same network made of PyTorch's own layers."""
-    layers = []
-    for weights, biases in zip(*model.split(model.parameters), strict=True):
-        layer = torch.nn.Linear(*weights.shape)
-        layer.weight.data = torch.tensor(weights.T)
-        layer.bias.data = torch.tensor(biases)
-        layers += [layer, torch.nn.ELU()]
-    layers[-1] = torch.nn.Hardtanh(0, 1)
-    del layers[5]  # the latent code is linear
-    return torch.nn.Sequential(*layers)
-
-
 def torch_loss(twin, model, images):
     x = torch.tensor(images)
     return torch.nn.functional.mse_loss(twin(x - torch.tensor(model.mean_image)), x)
@@ -52,26 +38,23 @@ def torch_loss(twin, model, images):
 
 def flat(twin, what):
     """The twin's parameters, or their gradients, in the order of the model's vector."""
-    parts = [what(parameter) for parameter in twin.parameters()]
-    return np.concatenate([np.ravel(part.numpy().T) for part in parts])
+    return np.concatenate([np.ravel(what(part).numpy().T) for part in twin.parameters()])
 
 
 def test_every_gradient_equals_central_differences():
     model, images, step = network(SMALL), pixels(20, size=7), 1e-6
 
-    def loss():
+    def loss_at(place, value):
+        model.parameters[place] = value
         return np.mean((model.forward(images)[-1] - images) ** 2)
 
     activations = model.forward(images)
     assert 0.05 < np.mean((activations[-1] == 0) | (activations[-1] == 1)) < 0.5
     gradient = model.backward(activations, images)
-    for place, value in enumerate(model.parameters):
-        model.parameters[place] = value + step
-        above = loss()
-        model.parameters[place] = value - step
-        below = loss()
+    for place, value in enumerate(model.parameters.copy()):
+        difference = loss_at(place, value + step) - loss_at(place, value - step)
         model.parameters[place] = value
-        assert gradient[place] == pytest.approx((above - below) / (2 * step), abs=1e-9)
+        assert gradient[place] == pytest.approx(difference / (2 * step), abs=1e-9)
     assert np.count_nonzero(gradient) == gradient.size
 
 
@@ -81,13 +64,12 @@ def test_outputs_and_every_gradient_equal_autograds(n, dtype, rtol, atol):
     model, images = network(dtype=dtype), pixels(n).astype(dtype)
     activations = model.forward(images)
     gradient = model.backward(activations, images)
-    twin = torch_twin(model)
+    twin = torch_network(model)
     loss = torch_loss(twin, model, images)
     loss.backward()
-    loss_of_script = script.mean_squared_error(activations[-1], images)
-    assert loss_of_script == pytest.approx(loss.item(), rtol)
+    assert script.mean_squared_error(activations[-1], images) == pytest.approx(loss.item(), rtol)
+    assert {array.dtype for array in [*activations, gradient]} == {np.dtype(dtype)}
     expected = flat(twin, lambda parameter: parameter.grad)
-    assert gradient.dtype == dtype
     np.testing.assert_allclose(gradient, expected, 1000 * rtol, atol)
 
 
@@ -95,37 +77,35 @@ def test_outputs_and_every_gradient_equal_autograds(n, dtype, rtol, atol):
 @pytest.mark.parametrize("max_norm", [1e9, 0.2, 1e-2])
 def test_twenty_steps_equal_those_of_torch_optim_sgd(momentum, max_norm):
     model = network()
-    twin, start = torch_twin(model), model.parameters.copy()
+    twin, start = torch_network(model), model.parameters.copy()
     options = {"lr": 0.5, "momentum": momentum, "nesterov": True, "weight_decay": 1e-3}
     optimizer = torch.optim.SGD(twin.parameters(), **options)
     settings = replace(Settings(), momentum=momentum, max_gradient_norm=max_norm)
-    velocity, clipped = np.zeros_like(start), 0
+    velocity, norms = np.zeros_like(start), []
     for step in range(20):
         images = pixels(16, seed=step)
         optimizer.zero_grad()
         torch_loss(twin, model, images).backward()
-        norm = np.linalg.norm(flat(twin, lambda parameter: parameter.grad))
-        if norm > max_norm:
-            clipped += 1
-            for parameter in twin.parameters():
-                parameter.grad *= max_norm / norm
+        norms.append(np.linalg.norm(flat(twin, lambda parameter: parameter.grad)))
+        for parameter in twin.parameters():
+            parameter.grad *= min(1, max_norm / norms[-1])
         optimizer.step()
         gradient = model.backward(model.forward(images), images)
         script.sgd_step(model.parameters, velocity, gradient, 0.5, 1e-3, settings)
-    assert (clipped > 0) == (max_norm < 1)
+    assert (max(norms) > max_norm) == (max_norm < 1)
     assert np.abs(model.parameters - start).max() > 1e-3
     expected = flat(twin, torch.Tensor.detach)
     np.testing.assert_allclose(model.parameters, expected, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("name", "oracle"),
-    [("elu", torch.nn.ELU()), ("linear", torch.nn.Identity()), ("clip", torch.nn.Hardtanh(0, 1))],
-)
-def test_activations_and_derivatives_are_torchs(name, oracle):
+ORACLES = {"elu": torch.nn.ELU(), "linear": torch.nn.Identity(), "clip": torch.nn.Hardtanh(0, 1)}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_activations_and_derivatives_are_torchs(name):
     function, derivative = getattr(script, name), getattr(script, f"{name}_derivative")
     z = torch.linspace(-30, 30, 601, dtype=torch.float64, requires_grad=True)
-    expected = oracle(z)
+    expected = ORACLES[name](z)
     expected.sum().backward()
     a = function(z.detach().numpy())
     np.testing.assert_allclose(a, expected.detach(), rtol=1e-9, atol=1e-15)
@@ -133,11 +113,11 @@ def test_activations_and_derivatives_are_torchs(name, oracle):
     with np.errstate(all="raise"):
         a = function(np.array([-1e30, -1e4, -100, 0, 100, 1e4, 1e30], np.float32))
         assert np.isfinite(a).all() and np.isfinite(derivative(a)).all()
+        assert a.dtype == (a * derivative(a)).dtype == np.float32
 
 
 def test_weights_start_with_hes_variance_and_the_network_as_the_mean_image():
-    mean = np.random.default_rng(0).random(784)
-    mean[:100] = 0
+    mean = np.maximum(np.random.default_rng(0).random(784) - 0.1, 0)
     model = Autoencoder(mean, seed=5)
     weights, biases = model.split(model.parameters)
     for w, b in zip(weights[:-1], biases[:-1], strict=True):
@@ -148,35 +128,13 @@ def test_weights_start_with_hes_variance_and_the_network_as_the_mean_image():
     np.testing.assert_array_equal(outputs, [mean.astype(np.float32)] * 3)
 
 
-def test_float32_stays_float32_through_forward_backward_and_step():
-    """float64 in between would not show in the results; it would take twice the time."""
-    model, seen = network(dtype=np.float32), []
-    model.layers = [layer._replace(derivative=recording(layer, seen)) for layer in LAYERS]
-    batch = script.to_pixels(np.round(pixels(8) * 255).astype(np.uint8))
-    activations = model.forward(batch)
-    gradient = model.backward(activations, batch)
-    velocity = np.zeros_like(model.parameters)
-    script.sgd_step(model.parameters, velocity, gradient, 8.0, 1e-7, Settings())
-    seen += [batch, *activations, gradient, model.parameters, velocity]
-    assert {array.dtype for array in seen} == {np.dtype(np.float32)} and len(seen) == 17
-
-
-def recording(layer, seen):
-    def derivative(a):
-        seen.append(np.float32(1) * layer.derivative(a))
-        return layer.derivative(a)
-
-    return derivative
-
-
-@pytest.mark.parametrize("steps", [23_500, 4_000, 7, 2, 1])
-@pytest.mark.parametrize("start", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [23_500, 7, 1])
+@pytest.mark.parametrize("start", [0.0, 0.25, 1.0])
 def test_learning_rate_is_constant_and_then_falls_to_zero(steps, start):
     settings = replace(Settings(), learning_rate=3.0, decay_start=start)
     rates = [script.scheduled_learning_rate(step, steps, settings) for step in range(steps)]
-    falling_steps = Fraction(1 - start) * steps  # exact, as the starts are sums of powers of 2
-    left = range(steps, 0, -1)
-    expected = [3 * float(min(1, n / falling_steps)) if falling_steps else 3 for n in left]
+    falling = Fraction(1 - start) * steps  # exact, as the starts are sums of powers of 2
+    expected = [3 * float(min(1, n / falling)) if falling else 3 for n in range(steps, 0, -1)]
     np.testing.assert_allclose(rates, expected, rtol=1e-12)
 
 
@@ -193,7 +151,7 @@ def test_encode_and_decode_are_the_two_halves_for_all_kinds_of_images():
     images = np.round(pixels(101) * 255).astype(np.uint8)
     codes = model.encode(images)
     outputs = model.decode(codes)
-    twin, x = torch_twin(model), torch.tensor(images / np.float32(255))
+    twin, x = torch_network(model), torch.tensor(images / np.float32(255))
     with torch.no_grad():
         centred = x - torch.tensor(model.mean_image)
         np.testing.assert_allclose(codes, twin[:5](centred), rtol=1e-4, atol=1e-4)
@@ -203,32 +161,11 @@ def test_encode_and_decode_are_the_two_halves_for_all_kinds_of_images():
         np.testing.assert_allclose(model.encode(same), codes, rtol=1e-4, atol=1e-5)
 
 
-UNUSABLE = [np.zeros((2, 783), np.uint8), np.zeros(784, np.uint8), np.zeros((1, 28, 27))]
-UNUSABLE += [np.zeros((784, 2)), *(np.full((1, 784), value) for value in (2, -0.1, np.nan))]
+UNUSABLE = [np.zeros((2, 783), np.uint8), np.zeros(784, np.uint8), np.zeros((784, 2))]
+UNUSABLE += [np.full((1, 784), value) for value in (2, -0.1, np.nan)]
 
 
 @pytest.mark.parametrize("images", UNUSABLE)
 def test_other_images_are_refused(images):
     with pytest.raises(ValueError, match=r"pixels"):
         network().encode(images)
-
-
-@pytest.mark.parametrize("row", range(6))
-def test_layers_that_do_not_fit_together_are_refused(row):
-    layers = list(SMALL)
-    layers[row] = layers[row]._replace(outputs=4)
-    with pytest.raises(ValueError, match="4 outputs"):
-        Autoencoder(np.zeros(7), layers=layers)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "index"), [((7, 3, 7), 1), ((7, 6, 4, 2, 5, 7), 3), ((7, 9, 9, 7), 1)]
-)
-def test_code_is_the_output_of_the_narrowest_hidden_layer(sizes, index):
-    layers = [LAYERS[0]._replace(inputs=a, outputs=b) for a, b in pairwise(sizes)]
-    model = Autoencoder(np.zeros(7), layers=layers)
-    x = pixels(5, size=7).astype(np.float32)
-    assert model.code_index == index
-    codes = model.encode(x)
-    assert codes.shape == (5, sizes[index])
-    np.testing.assert_array_equal(model.decode(codes), model.forward(x)[-1])
