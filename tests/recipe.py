@@ -49,12 +49,12 @@ def script_conditions():
 
 
 def print_row(*cells):
-    print("|", " | ".join(cells), "|", flush=True)
+    print(" | ".join(cells), flush=True)
 
 
 def print_head(*cells):
     print_row(*cells)
-    print("|---" * len(cells) + "|", flush=True)
+    print("|".join(["---"] * len(cells)), flush=True)
 
 
 def print_machine(*packages):
