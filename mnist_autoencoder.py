@@ -31,7 +31,7 @@ from pathlib import Path
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit(f"error: Python 3.10 or later is needed; this is {platform.python_version()}")
 if __name__ == "__main__":
-    # A notebook sets it; if its backend is missing here, Matplotlib cannot be imported.
+    # A notebook sets MPLBACKEND; if that backend is missing here, Matplotlib cannot be imported.
     os.environ.pop("MPLBACKEND", None)
 
 try:
@@ -44,7 +44,7 @@ try:
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; install the packages with: pip install -r requirements.txt")
-except Exception as error:  # for example, if Matplotlib finds no writable home directory
+except Exception as error:  # for example, if Matplotlib finds no directory for its files
     sys.exit(" ".join(f"error: a package cannot be imported: {error}".split()))  # on one line
 
 
@@ -289,9 +289,8 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
     proceedings.mlr.press/v28/sutskever13.html). `parameters` stores q, not p. When p moves to
     p' = p - learning_rate * (v + g), and v becomes v' = momentum * (v + g), q moves to
     q' = p' - learning_rate * v' = q - learning_rate * (g + v'), which is the last line above. This
-    is exact at a constant learning rate. Apart from the clipping, the rule is torch.optim.SGD with
-    nesterov=True, whose momentum buffer is v / momentum; the paper's velocity is
-    -learning_rate * v / momentum.
+    is exact at a constant learning rate. Without clipping, a step equals one of torch.optim.SGD
+    with nesterov=True.
     """
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:
@@ -300,12 +299,9 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
         block = slice(start, start + BLOCK_SIZE)
         g = gradient[block]
         v = velocity[block]
-        # g <- g + decay * parameters
         g += decay * parameters[block]
-        # v <- momentum * (v + g)
         v += g
         v *= settings.momentum
-        # parameters <- parameters - learning_rate * (g + v)
         g += v
         g *= learning_rate
         parameters[block] -= g
@@ -386,7 +382,7 @@ def import_mnist() -> type:
     except Exception as error:  # RuntimeError, for example, if it was built for another PyTorch
         raise ImportError(f"torchvision cannot be used; reinstall it: {explain(error)}") from error
 
-    class MNIST(datasets.MNIST):  # torchvision names the folder of the files after the class.
+    class MNIST(datasets.MNIST):  # torchvision expects the files in a folder of this name.
         def _check_legacy_exist(self):
             return False  # Ignore files of old torchvision versions.
 
@@ -427,7 +423,7 @@ def load_data(choice: str, data_dir: Path | None) -> Dataset:
     raw = root / "MNIST" / "raw"
     empty = not any(raw.glob("*"))
     complete = len(list(raw.glob("*-ubyte"))) == 4
-    # Files in a directory that the user has named are never completed, nor overwritten.
+    # A directory that the user has named is only downloaded to if it is empty.
     download = choice != "sample" and not complete and (empty or not data_dir)
     if download:
         print(f"downloading MNIST to {raw}", file=sys.stderr)
@@ -465,7 +461,7 @@ class Run:
     model: Autoencoder
     velocity: np.ndarray  # a vector with the layout of model.parameters
     losses: list[list[float]]  # training loss and test loss of every epoch
-    log: str  # the text of training_log.txt
+    log: str  # the text of training_log.txt, which may lag behind it if the run is killed
 
 
 def log_header(description: str, settings: Settings) -> str:
@@ -488,7 +484,10 @@ def new_run(dataset: Dataset, settings: Settings, baselines: Baselines) -> Run:
 
 
 def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
-    """Read a run of this network, whose log begins with `header`. Raises InputError."""
+    """Read a run of this network, whose log begins with `header`. Raises InputError.
+
+    To use a trained network: load_run("model.npz").model.encode(images).
+    """
     advice = "run without --resume to start a new run"
     try:
         with np.load(path) as file:
@@ -545,7 +544,7 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         loss = train_epoch(run.model, run.velocity, dataset.images, epoch, settings)
         test_loss = mean_squared_error(run.model.forward(test_pixels)[-1], test_pixels)
         seconds = time.perf_counter() - start
-        # 1% more is allowed, because some_pixels are not all. Comparisons with NaN are false.
+        # 1% more is allowed, as some_pixels are not all images. Comparisons with NaN are false.
         if not (loss <= 1.01 * untrained_loss and np.isfinite(test_loss)):
             problem = f"training diverged: training loss {loss:.4f} in epoch {epoch}"
             raise FloatingPointError(f"{problem}; try an --lr below {settings.learning_rate:g}")
@@ -556,7 +555,7 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         buffer = io.BytesIO()
         np.savez(buffer, **arrays, velocity=run.velocity, losses=losses, log=log)
         write_atomically(output / "model.npz", buffer.getvalue())
-        run.losses = losses  # after saving, because main reports them after Ctrl-C
+        run.losses = losses  # after saving, as main reports their number after Ctrl-C
         run.log = log
         with open(output / "training_log.txt", "a") as file:
             file.write(f"{line}\n")
@@ -578,8 +577,8 @@ def plot_losses(losses, baselines: Baselines, name: str, settings: Settings) -> 
     axes.plot(epochs, training, f"C0{marker}-", label=f"training (epoch mean): {training[-1]:.5f}")
     axes.plot(epochs, test, f"C1{marker}--", label=f"test: {test[-1]:.5f}")
     axes.axhline(baselines.pca_loss, c="k", ls=":", label=f"PCA, test: {baselines.pca_loss:.5f}")
-    decay = settings.decay_start * len(losses)
-    axes.axvline(decay, c="gray", lw=0.8, label="the learning rate begins to fall")
+    fall_start = settings.decay_start * len(losses)
+    axes.axvline(fall_start, c="gray", lw=0.8, label="the learning rate begins to fall")
     axes.set_title(f"Loss on {name} (mean image: {baselines.mean_image_loss:.4f})")
     axes.set(xlabel="epoch", ylabel="mean squared error", yscale="log")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(10, integer=True, min_n_ticks=1))
