@@ -288,9 +288,10 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
     at the look-ahead point q = p - learning_rate * v (Sutskever et al. 2013,
     proceedings.mlr.press/v28/sutskever13.html). `parameters` stores q, not p. When p moves to
     p' = p - learning_rate * (v + g), and v becomes v' = momentum * (v + g), q moves to
-    q' = p' - learning_rate * v'. As p = q + learning_rate * v, this is q - learning_rate * (g + v'):
-    the last line above, where v is already v'. This is exact at a constant learning rate. Without
-    clipping, a step equals one of torch.optim.SGD with nesterov=True.
+    q' = p' - learning_rate * v'. As p = q + learning_rate * v, this is
+    q - learning_rate * (g + v'), the last line above, where v is already v'. This is exact at a
+    constant learning rate. Without clipping, a step equals one of torch.optim.SGD with
+    nesterov=True.
     """
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import os
 import shutil
+import socket
 import threading
 from collections import Counter
 
@@ -143,6 +144,7 @@ def mirror(tmp_path, monkeypatch):
     archives = {path.name: path.read_bytes() for path in tmp_path.rglob("*.gz")}
     resources = [(name, hashlib.md5(content).hexdigest()) for name, content in archives.items()]
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
+    servers = []
 
     def serve(fault=None):
         folder = tmp_path / f"mirror with fault {fault}"
@@ -152,6 +154,7 @@ def mirror(tmp_path, monkeypatch):
                 (folder / name).write_bytes(content[fault == "checksum" :])
         handler = functools.partial(Handler, directory=folder)
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        servers.append(server)
         if fault == "refused":
             server.server_close()
         elif fault != "stalls":  # then it accepts connections and never answers
@@ -159,7 +162,8 @@ def mirror(tmp_path, monkeypatch):
         url = f"http://127.0.0.1:{server.server_port}/"
         monkeypatch.setattr(datasets.MNIST, "mirrors", [url])
 
-    return serve
+    yield serve
+    socket.setdefaulttimeout(None)
 
 
 @pytest.mark.parametrize("data_dir", [None, "given"])

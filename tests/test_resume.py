@@ -79,7 +79,7 @@ def test_ctrl_c_as_the_user_presses_it(tmp_path):
     assert (tmp_path / "training_log.txt").stat().st_ino == inode  # It grows, as for tail -f.
 
 
-def test_killed_at_random_instants_and_resumed_ends_like_an_unbroken_run(tmp_path):
+def test_killed_at_random_instants_and_resumed_ends_like_an_unbroken_run(tmp_path, monkeypatch):
     """Three kills, or as many as the environment's KILLS says."""
     rng = random.Random(KILLS)
     write_idx(tmp_path / "data", train=300)
@@ -97,7 +97,11 @@ def test_killed_at_random_instants_and_resumed_ends_like_an_unbroken_run(tmp_pat
         time.sleep(rng.uniform(0, 0.15))  # to be killed while it writes, too
         process.kill()
         process.communicate()
-        (out / ".model.npz.1.mnist_autoencoder").write_bytes(b"what a kill within a save leaves")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", raising(os.replace, KeyboardInterrupt, 1))
+            patch.setattr(Path, "unlink", lambda *_, **__: None)
+            patch.setattr(os, "getpid", lambda: 1)
+            script.write_atomically(out / "model.npz", b"as by a kill within a save")
         log = EPOCH.findall(read_log(out))
         assert [int(number) for number, _, _ in log] == list(range(1, len(log) + 1))
         done = len(script.load_run(out / "model.npz").losses)
