@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import recipe
 from conftest import ROOT, call, fails, read_log, script, write_idx
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 INNER = "    Layer(256, 128, linear, linear_derivative),  # the output is the latent code\n"
@@ -124,7 +125,7 @@ def test_images_of_another_size_need_other_layers(tmp_path, monkeypatch):
     assert call(*flags, main=module.main).status == 0
     assert "# network: 600-512-256-128-256-512-600," in read_log(tmp_path / "out")
     for figure in module.figures:
-        figure.canvas.draw()
+        FigureCanvasAgg(figure).draw()
     assert "$_$" in module.figures[0].axes[0].get_title()
     cells = module.figures[2].axes
     assert {cell.images[0].get_array().shape for cell in cells} == {(20, 30)}
