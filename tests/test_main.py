@@ -243,7 +243,7 @@ def test_as_the_user_starts_it(small, tmp_path):
     _, whole = small
     write_idx(tmp_path / "data")
     (tmp_path / "matplotlibrc").write_text("axes.facecolor: black\ntext.usetex: True\n")
-    settings = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://of_another_environment"}
+    settings = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "of_another_environment"}
     flags = ("--data-dir", "data", "--output-dir", "out", "--batch-size", 16, "--epochs", 4)
     process = start(*flags, env={**os.environ, **settings}, cwd=tmp_path)
     out, err = process.communicate(timeout=120)
