@@ -294,18 +294,26 @@ def edited_script(edits):
     return module
 
 
+def exercise_losses(name, dataset):
+    module = edited_script(EXERCISES[name])
+    batch_size = BATCH_SIZES.get(name, module.Settings.batch_size)
+    rate = module.default_learning_rate(batch_size)
+    settings = module.Settings(MNIST_EPOCHS, batch_size, rate)
+    model = module.Autoencoder(dataset.images.mean(axis=0) / 255, settings.seed)
+    losses = final_losses(model, dataset, settings, module)
+    return (*losses, module.compute_baselines(dataset).pca_loss)
+
+
 def exercises(mnist, _):
     print_head("edit", "training loss", "test loss", "PCA with a code of this size, test")
-    for name, edits in EXERCISES.items():
-        module = edited_script(edits)
-        batch_size = BATCH_SIZES.get(name, module.Settings.batch_size)
-        rate = module.default_learning_rate(batch_size)
-        settings = module.Settings(MNIST_EPOCHS, batch_size, rate)
-        model = module.Autoencoder(mnist.images.mean(axis=0) / 255, settings.seed)
-        losses = final_losses(model, mnist, settings, module)
-        losses = (*losses, module.compute_baselines(mnist).pca_loss)
-        print_row(name, *(f"{loss:.6f}" for loss in losses))
-    print_machine("scikit-learn")
+    results = in_two_processes(exercise_losses, EXERCISES, [mnist] * len(EXERCISES))
+    for name, losses in zip(EXERCISES, results, strict=True):
+        cells = [f"{loss:.6f}" for loss in losses]
+        if name != "(none)" and "code" not in name:
+            cells[2] = ""  # the code has the same size
+        print_row(name, *cells)
+    with threadpool_limits(1, "blas"):
+        print_machine("scikit-learn")
 
 
 # Neighbours. -------------------------------------------------------------------------------------
