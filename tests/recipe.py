@@ -49,7 +49,7 @@ def script_conditions():
 
 
 def print_row(*cells):
-    print(" | ".join(cells), flush=True)
+    print(" | ".join(cells).rstrip(), flush=True)
 
 
 def print_head(*cells):

@@ -326,10 +326,14 @@ def test_commands_and_python_of_the_readme_run(sample_run, tmp_path, monkeypatch
     assert float(re.search(r"0\.\d+", out.getvalue())[0]) > 0.7
 
 
-def test_readme_shows_the_lines_of_backward_and_every_exercise():
+def test_readme_shows_the_lines_of_backward_and_every_exercise_and_where_to_read():
     (shown,) = re.findall(r"```python\n(da = .*?)```", README, re.DOTALL)
     assert len(shown.splitlines()) >= 6
     assert textwrap.indent(shown, 8 * " ") in inspect.getsource(script.Autoencoder.backward)
+    assert f"script of {SCRIPT.read_text().count(chr(10))} lines" in README
+    first = inspect.getsourcelines(script.Settings)[1]
+    lines, start_of_last = inspect.getsourcelines(script.train_epoch)
+    assert f"lines {first} to {start_of_last + len(lines) - 1};" in README
     measured = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
     for name in recipe.EXERCISES:
         (row,) = re.findall(rf"^{re.escape(name)} \|.*", README, re.MULTILINE)
