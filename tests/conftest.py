@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import re
 import struct
 import subprocess
@@ -112,11 +111,3 @@ def small(tmp_path_factory):
 def no_plots(monkeypatch):
     """Spare a test the second that the plots of a run take."""
     monkeypatch.setattr(script, "draw_plots", lambda *_: None)
-
-
-@pytest.fixture(scope="session")
-def mnist_dir():
-    place = Path(os.environ.get("MNIST_DIR", ROOT / "data"))
-    if not all((place / "MNIST" / "raw" / name).is_file() for name in NAMES):
-        pytest.skip("needs all of MNIST in data, or in the folder that MNIST_DIR names")
-    return place

@@ -40,13 +40,6 @@ def test_sample_is_4000_and_1000_digits_of_all_classes_in_equal_parts(sample):
     assert len(np.unique(np.concatenate([images, test_images]), axis=0)) == 5000
 
 
-def test_only_mnist_is_called_mnist_and_the_sample_is_part_of_it(mnist_dir, sample):
-    mnist = script.load_data("mnist", mnist_dir)
-    assert mnist.name == "MNIST" and len(mnist.images) == 60_000
-    known = {image.tobytes() for image in mnist.images}
-    assert all(image.tobytes() in known for image in [*sample.images, *sample.test_images])
-
-
 @pytest.mark.parametrize("compressed", [False, True])
 def test_files_of_another_data_set_are_read_and_kept(tmp_path, monkeypatch, compressed):
     """Without Tensor.numpy, as where PyTorch was built for another version of NumPy."""

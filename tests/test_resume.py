@@ -2,7 +2,7 @@
 
 import os
 import random
-import re
+import shutil
 import signal
 import sys
 import time
@@ -51,9 +51,8 @@ def test_whatever_ends_a_run_it_can_be_resumed(
         patch.setattr(owner, name, raising(getattr(owner, name), error, at))
         result = call(*arguments)
     if error is FULL:
-        fails(result, 1, "No space left on device")
         order = ["log", *["model.npz"] * 4, *script.PLOTS]
-        assert f"{order[at - 1]}'" in result.err
+        fails(result, 1, "No space left on device", f"{order[at - 1]}'")
     else:
         told = f"interrupted; --resume continues after epoch {done}" if done else "interrupted"
         assert (result.status, result.lines) == (130, [told])
@@ -112,44 +111,7 @@ def test_killed_at_random_instants_and_resumed_ends_like_an_unbroken_run(tmp_pat
     assert call(*arguments, "--output-dir", out, "--resume").status == 0
     assert result_of(out) == result_of(tmp_path / "whole")
     assert snapshot(out).keys() == snapshot(tmp_path / "whole").keys()
-
-
-@pytest.fixture
-def interrupted(small, tmp_path, monkeypatch):
-    """The arguments and the directory of the small run, interrupted within its third epoch."""
-    arguments, out = [*small[0], "--output-dir", tmp_path / "out"], tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "sgd_step", raising(script.sgd_step, KeyboardInterrupt, 10))
-        assert call(*arguments).status == 130
-    return arguments, out
-
-
-@pytest.mark.usefixtures("no_plots")
-@pytest.mark.parametrize("change", [lambda log: f"{log}Epoch 3, Loss: 0.1", lambda log: log[:-70]])
-def test_log_that_is_ahead_or_behind_is_put_right(interrupted, small, change):
-    arguments, out = interrupted
-    (out / "training_log.txt").write_text(change(read_log(out)))
-    assert call(*arguments, "--resume").status == 0
-    assert result_of(out) == result_of(small[1])
-    assert read_log(out).count("# From epoch") == 2 and "# From epoch 3 on: " in read_log(out)
-
-
-OTHERS = [("--epochs", 5, "epochs"), ("--batch-size", 17, "batch_size")]
-OTHERS += [("--lr", 0.6, "learning_rate"), ("--momentum", 0.5, "momentum"), ("--seed", 1, "seed")]
-OTHERS += [("--data-dir", "other", "data")]
-
-
-def test_other_settings_and_data_are_refused_and_named(interrupted, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_idx(tmp_path / "other", seed=1)
-    arguments, out = interrupted
-    before = snapshot(out)
-    for flag, value, name in OTHERS:
-        result = call(*arguments, "--resume", flag, value)
-        fails(result, 2, out / "model.npz", "--resume")
-        stored, wanted = re.findall(rf"'# {name}: (.+?)'", result.err)
-        assert stored != wanted and (name == "data" or wanted == str(value)) and result.out == ""
-        assert snapshot(out) == before
+    assert f"# From epoch {done + 1} on: " in read_log(out)
 
 
 def test_plots_are_never_of_another_run_than_the_log(small, tmp_path, monkeypatch):
@@ -171,31 +133,19 @@ def test_output_directory_that_is_a_file_is_noticed_before_training(small, tmp_p
     assert result.out == "" and (tmp_path / name).read_text() == "mine"
 
 
-class Boom:
-    def __reduce__(self):
-        return (os.mkdir, ("pickle-was-run",))
-
-
-def repack(path, **changes):
-    """Change some arrays of an .npz file."""
-    with np.load(path) as archive:
-        np.savez(path, **{name: archive[name] for name in archive.files} | changes)
-
-
 RUBBISH = {
     "missing": lambda path: path.unlink(),
     "text": lambda path: path.write_bytes(b"not a zip file\n" * 100),
     "no end": lambda path: path.write_bytes(path.read_bytes()[:-30]),
     "no log": lambda path: np.savez(path, parameters=np.zeros(5)),
-    "too few parameters": lambda path: repack(path, parameters=np.zeros(1000, np.float32)),
-    "pickle": lambda path: repack(path, parameters=np.array([Boom()], object)),
 }
 
 
 @pytest.mark.parametrize("kind", RUBBISH)
-def test_bad_model_is_named_in_one_line_and_never_loaded(interrupted, kind):
-    arguments, out = interrupted
+def test_bad_model_is_named_in_one_line(small, tmp_path, kind):
+    out = shutil.copytree(small[1], tmp_path / "out")
     RUBBISH[kind](out / "model.npz")
     before = snapshot(out)
-    fails(call(*arguments, "--resume"), 2, out / "model.npz", "without --resume")
-    assert snapshot(out) == before and not Path("pickle-was-run").exists()
+    result = call(*small[0], "--output-dir", out, "--resume")
+    fails(result, 2, out / "model.npz", "without --resume")
+    assert snapshot(out) == before
