@@ -28,7 +28,6 @@ COMMON = "a common recipe"
 FULL_RACE = 10  # epochs of the race with all contenders
 FULL_RACE_ADAMS = [f"{rate}/{size}" for size in (128, 256) for rate in (25e-5, 5e-4, 1e-3, 2e-3)]
 TARGET = 0.0040  # the test loss to which a full race counts epochs and time
-WARM_UP = 0.05  # the fraction of a run in which Adam's rate rises, as it does worse without
 BURST = 60  # steps
 ROUNDS = 20
 
@@ -233,17 +232,17 @@ def script_epochs(images, test_pixels, settings):
         yield loss, script.mean_squared_error(outputs, test_pixels), seconds
 
 
-def rival_rate(recipe, step, total_steps, settings):
+def rival_rate(recipe, step, total_steps, settings, warm_up):
     """The learning rate of a step of a rival."""
     if recipe == COMMON:
         return settings.learning_rate
     rate = script.scheduled_learning_rate(step, total_steps, settings)
     if recipe == SAME:
         return rate
-    return rate * min(1, (step + 1) / (WARM_UP * total_steps))
+    return rate * min(1, (step + 1) / (warm_up * total_steps))
 
 
-def rival_epochs(images, test_pixels, settings, recipe):
+def rival_epochs(images, test_pixels, settings, recipe, warm_up):
     """The same of SAME, COMMON or Adam, whose recipe is given as "rate/batch size"."""
     torch.set_flush_denormal(True)  # as subnormal numbers slow the common recipe down
     torch.manual_seed(settings.seed)
@@ -270,7 +269,7 @@ def rival_epochs(images, test_pixels, settings, recipe):
         order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
         loss_sum = 0.0
         for count, first in enumerate(starts, (epoch - 1) * len(starts)):
-            rate = rival_rate(recipe, count, total_steps, settings)
+            rate = rival_rate(recipe, count, total_steps, settings, warm_up)
             optimizer.param_groups[0]["lr"] = rate
             batch = images[order[first : first + settings.batch_size]]
             loss_sum += step(batch) * len(batch)
@@ -280,11 +279,11 @@ def rival_epochs(images, test_pixels, settings, recipe):
         yield loss_sum / len(images), test_loss, seconds
 
 
-def race_worker(data_dir, epochs, seed, recipe):
+def race_worker(data_dir, epochs, warm_up, seed, recipe):
     dataset = script.load_data("mnist", Path(data_dir))
     settings = replace(SETTINGS, epochs=int(epochs), seed=int(seed))
     run = (dataset.images, script.to_pixels(dataset.test_images), settings)
-    rows = script_epochs(*run) if recipe == OURS else rival_epochs(*run, recipe)
+    rows = script_epochs(*run) if recipe == OURS else rival_epochs(*run, recipe, float(warm_up))
     print(json.dumps(list(rows)))
 
 
@@ -325,11 +324,11 @@ def race(arguments):
         recipes = [OURS, SAME, *FULL_RACE_ADAMS, COMMON]
         columns += [f"epochs to test loss {TARGET:.4f}", "time to it"]
     rivals_seeds = arguments.rivals_seeds or arguments.seeds
+    options = (arguments.data_dir, arguments.epochs, arguments.warm_up)
     results = {recipe: [] for recipe in recipes}
     for seed in range(arguments.seeds):
         for recipe in recipes if seed < rivals_seeds else [OURS]:
-            rows = np.array(answer("race", arguments.data_dir, arguments.epochs, seed, recipe))
-            results[recipe].append(rows)
+            results[recipe].append(np.array(answer("race", *options, seed, recipe)))
     print_head(*columns)
     for recipe, runs in results.items():
         last = np.array([rows[arguments.epochs - 1] for rows in runs])
@@ -358,8 +357,10 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="of `race` (default: 3)")
     text = "of these, those that other recipes than the script's run (default: all)"
     parser.add_argument("--rivals-seeds", type=int, help=text)
-    text = "rates/batch sizes of Adam, if --epochs is not 10 (default: 0.001/128,0.0005/256)"
-    parser.add_argument("--adams", default="0.001/128,0.0005/256", help=text)
+    text = "fraction of a run in which Adam's rate rises (default: 0.2)"
+    parser.add_argument("--warm-up", type=float, default=0.2, help=text)
+    text = "rates/batch sizes of Adam, if --epochs is not 10 (default: 0.001/128,0.0005/128)"
+    parser.add_argument("--adams", default="0.001/128,0.0005/128", help=text)
     arguments = parser.parse_args()
     with script_conditions():
         jobs[arguments.what](arguments)
