@@ -11,22 +11,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from recipe import script
+from torchvision.datasets import MNIST
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import mnist_autoencoder as script  # noqa: E402
-
-NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]
-NAMES += ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+NAMES = [archive.removesuffix(".gz") for archive, _ in MNIST.resources]  # four files
 EPOCH = re.compile(r"Epoch (\d+), Loss: (\d\.\d{6}), Test Loss: (\d\.\d{6}), Time: \d+\.\ds")
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path, monkeypatch):
+    """Every test starts in an empty directory, to which the script then writes."""
+    monkeypatch.chdir(tmp_path)
 
 
 def write_idx(root, train=50, test=20, seed=0, shape=(28, 28)):
     """Write random images of rank 4 in MNIST's layout below root; return the files' folder."""
     rng = np.random.default_rng(seed)
     patterns = np.random.default_rng(0).random((4, shape[0] * shape[1]))
-    raw = root / "MNIST" / "raw"
+    raw = Path(root, "MNIST", "raw")
     raw.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", train), ("t10k", test)):
         images = (rng.random((count, 4)) @ patterns * 63).astype(np.uint8)
@@ -61,13 +63,13 @@ def start(*arguments, **options):
     return subprocess.Popen([sys.executable, script.__file__, *map(str, arguments)], **options)
 
 
-def read_log(directory):
-    return (directory / "training_log.txt").read_text()
+def read_log(directory="."):
+    return Path(directory, "training_log.txt").read_text()
 
 
-def result_of(directory):
+def result_of(directory="."):
     """The final state of a run, without machine and times, in which no two runs agree."""
-    run = script.load_run(directory / "model.npz")
+    run = script.load_run(Path(directory, "model.npz"))
     assert read_log(directory) == run.log
     facts = [line for line in run.log.splitlines() if not re.match("# From|Epoch", line)]
     rows = [(f"{n}", f"{a:.6f}", f"{b:.6f}") for n, (a, b) in enumerate(run.losses, 1)]
@@ -76,9 +78,9 @@ def result_of(directory):
     return (facts, run.losses, *(array.tobytes() for array in arrays))
 
 
-def snapshot(directory):
+def snapshot(directory="."):
     """Name and content of all files below directory."""
-    files = (path for path in directory.rglob("*") if path.is_file())
+    files = (path for path in Path(directory).rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
@@ -86,15 +88,6 @@ def snapshot(directory):
 def sample():
     """The sample of MNIST as a Dataset."""
     return script.load_data("sample", None)
-
-
-@pytest.fixture(scope="session")
-def sample_run(tmp_path_factory):
-    """The directory and the output of a run of five epochs on the sample."""
-    directory = tmp_path_factory.mktemp("sample_run")
-    result = call("--dataset", "sample", "--epochs", 5, "--output-dir", directory)
-    assert result.status == 0, result.err
-    return SimpleNamespace(directory=directory, out=result.out)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The network and its training step against oracles: central differences and PyTorch."""
 
 from dataclasses import replace
-from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -73,15 +72,14 @@ def test_outputs_and_every_gradient_equal_autograds(n, dtype, rtol, atol):
     np.testing.assert_allclose(gradient, expected, 1000 * rtol, atol)
 
 
-@pytest.mark.parametrize("momentum", [0.5, 0.98])
-@pytest.mark.parametrize("max_norm", [1e9, 0.2, 1e-2])
+@pytest.mark.parametrize(("momentum", "max_norm"), [(0.5, 1e9), (0.98, 0.2), (0.98, 1e-2)])
 def test_twenty_steps_equal_those_of_torch_optim_sgd(momentum, max_norm):
     model = network()
-    twin, start = torch_network(model), model.parameters.copy()
+    twin = torch_network(model)
     options = {"lr": 0.5, "momentum": momentum, "nesterov": True, "weight_decay": 1e-3}
     optimizer = torch.optim.SGD(twin.parameters(), **options)
     settings = replace(Settings(), momentum=momentum, max_gradient_norm=max_norm)
-    velocity, norms = np.zeros_like(start), []
+    velocity, norms = np.zeros_like(model.parameters), []
     for step in range(20):
         images = pixels(16, seed=step)
         optimizer.zero_grad()
@@ -93,7 +91,6 @@ def test_twenty_steps_equal_those_of_torch_optim_sgd(momentum, max_norm):
         gradient = model.backward(model.forward(images), images)
         script.sgd_step(model.parameters, velocity, gradient, 0.5, 1e-3, settings)
     assert (max(norms) > max_norm) == (max_norm < 1)
-    assert np.abs(model.parameters - start).max() > 1e-3
     expected = flat(twin, torch.Tensor.detach)
     np.testing.assert_allclose(model.parameters, expected, rtol=1e-7, atol=1e-10)
 
@@ -133,9 +130,8 @@ def test_weights_start_with_hes_variance_and_the_network_as_the_mean_image():
 def test_learning_rate_is_constant_and_then_falls_to_zero(steps, start):
     settings = replace(Settings(), learning_rate=3.0, decay_start=start)
     rates = [script.scheduled_learning_rate(step, steps, settings) for step in range(steps)]
-    falling = Fraction(1 - start) * steps  # exact, as the starts are sums of powers of 2
-    expected = [3 * float(min(1, n / falling)) if falling else 3 for n in range(steps, 0, -1)]
-    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+    expected = np.interp(range(steps), [0, start * steps, steps], [3, 3, 0])
+    np.testing.assert_allclose(rates, expected, rtol=1e-9)
 
 
 def test_default_learning_rate_is_linear_up_to_the_default_batch_size_then_a_square_root():
@@ -151,21 +147,12 @@ def test_encode_and_decode_are_the_two_halves_for_all_kinds_of_images():
     images = np.round(pixels(101) * 255).astype(np.uint8)
     codes = model.encode(images)
     outputs = model.decode(codes)
-    twin, x = torch_network(model), torch.tensor(images / np.float32(255))
-    with torch.no_grad():
-        centred = x - torch.tensor(model.mean_image)
-        np.testing.assert_allclose(codes, twin[:5](centred), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(outputs, twin(centred), rtol=1e-4, atol=1e-5)
-    assert codes.shape == (101, 128) and outputs.shape == (101, 784)
+    activations = model.forward(images / np.float32(255))
+    np.testing.assert_allclose(codes, activations[3], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(outputs, activations[6], rtol=1e-4, atol=1e-5)
     for same in (images.reshape(-1, 28, 28), images / 255, (images / 255).astype(np.float32)):
         np.testing.assert_allclose(model.encode(same), codes, rtol=1e-4, atol=1e-5)
-
-
-UNUSABLE = [np.zeros((2, 783), np.uint8), np.zeros(784, np.uint8), np.zeros((784, 2))]
-UNUSABLE += [np.full((1, 784), value) for value in (2, -0.1, np.nan)]
-
-
-@pytest.mark.parametrize("images", UNUSABLE)
-def test_other_images_are_refused(images):
-    with pytest.raises(ValueError, match=r"pixels"):
-        network().encode(images)
+    unusable = [images[:, 1:], images[0], images.T / 255]
+    for wrong in [*unusable, *(np.full((1, 784), value) for value in (2, -0.1, np.nan))]:
+        with pytest.raises(ValueError, match="pixels"):
+            model.encode(wrong)
