@@ -54,16 +54,16 @@ class Settings:
 
     epochs: int = 100  # passes over the training images
     batch_size: int = 256  # images per mini-batch
-    # Peak learning rate for this batch size. It is large, as a loss per pixel has small gradients.
+    # Peak learning rate for 256 images per mini-batch; default_learning_rate adapts it to others.
+    # It is large because a mean over pixels has small gradients.
     learning_rate: float = 28.0
-    decay_start: float = 0.25  # the fraction of the run after which the rate falls linearly to 0
-    # Momentum coefficient. At 0.98, the velocity is roughly the sum of the last 50 gradients.
-    momentum: float = 0.98
+    decay_start: float = 0.25  # After this fraction of the run, the rate begins to fall to 0.
+    momentum: float = 0.98  # sgd_step's velocity is then roughly the sum of the last 50 gradients
     # Gradient clipping: a gradient with a larger norm is scaled down to this norm. Otherwise, a
     # single large step could push every output below 0 or above 1, where the derivative of the
     # output layer's activation is 0. All gradients would then be 0, and learning would stop.
     max_gradient_norm: float = 0.0025
-    # Weight decay of weights and biases. train_epoch divides it by the number of images.
+    # Weight decay of weights and biases, divided by the number of images, as more need less.
     weight_decay: float = 0.006
     seed: int = 0  # for the random initial weights and the shuffling of the images
 
@@ -125,8 +125,8 @@ class Autoencoder:
 
         loss = sum((a_6 - x)^2) / (784 n)
 
-    The latent code is the output of the narrowest hidden layer: here a_3, of shape (n, 128). The
-    numbers in these docstrings are those of LAYERS as it stands; the code adapts to other layers.
+    The latent code is the output of the narrowest hidden layer (the first, if several are equal):
+    here a_3, of shape (n, 128). The numbers in these docstrings are those of LAYERS as it stands.
 
     The output layer clips to [0, 1], because four fifths of MNIST's pixels are exactly 0. No
     gradient flows through a clipped output, so an output learns only from images for which it is
@@ -138,10 +138,9 @@ class Autoencoder:
     the mean image. Random weights would clip many outputs from the start. In the first step, zero
     weights pass no gradient back to the other layers; after it, most of these weights are not 0.
 
-    `mean_image` is the mean of the training images, of shape (784,), with pixels in [0, 1]. To
-    check gradients, `layers` can be smaller and `dtype` float64. The attribute `parameters` holds
-    all weights and biases in one vector, and a_(code_index) is the code. Layers that do not fit
-    together raise ValueError.
+    `mean_image` is the mean of the training images, shape (784,), in [0, 1]. To check gradients,
+    `layers` can be smaller and `dtype` float64. The vector `parameters` holds all weights and
+    biases, and a_(code_index) is the code. Layers that do not fit together raise ValueError.
     """
 
     def __init__(self, mean_image, seed=0, layers=LAYERS, dtype=np.float32):
@@ -224,7 +223,7 @@ class Autoencoder:
         size = self.mean_image.size
         x = images / 255 if images.dtype == np.uint8 else images
         if np.prod(x.shape[1:]) != size or not ((x >= 0) & (x <= 1)).all():
-            raise ValueError(f"not {size} pixels an image, uint8 or in [0, 1]: {x.shape}, {x}")
+            raise ValueError(f"images need {size} pixels, uint8 or in [0, 1]: {x.shape}, {x}")
         return self.forward(x.reshape(-1, size).astype(self.mean_image.dtype))[self.code_index]
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -257,16 +256,16 @@ def default_learning_rate(batch_size: int) -> float:
     """The default peak learning rate for a batch size.
 
     It is proportional to the batch size (Goyal et al. 2017, arxiv.org/abs/1706.02677), but beyond
-    the default batch size only to its square root, because it would otherwise become too large.
+    256 only to its square root, because it would otherwise become too large.
     """
-    ratio = batch_size / Settings.batch_size
+    ratio = batch_size / 256  # for which Settings.learning_rate was chosen
     return Settings.learning_rate * min(ratio, ratio**0.5)
 
 
 def scheduled_learning_rate(step: int, total_steps: int, settings: Settings) -> float:
     """The learning rate of a step. Steps are numbered from 0 to total_steps - 1."""
-    # The second argument of min falls linearly to 0 and passes 1 when the fraction decay_start of
-    # the run is over. If decay_start is 1, the rate never falls.
+    # The factor is 1 until the fraction decay_start of the run is over, and then falls linearly
+    # to 0. If decay_start is 1, it never falls.
     remaining = (total_steps - step) / total_steps
     return settings.learning_rate * min(1, remaining / max(1 - settings.decay_start, 1e-9))
 
@@ -286,12 +285,12 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
 
     Nesterov momentum evaluates the gradient where the velocity is about to take the parameters p,
     at the look-ahead point q = p - learning_rate * v (Sutskever et al. 2013,
-    proceedings.mlr.press/v28/sutskever13.html). `parameters` stores q, not p. When p moves to
-    p' = p - learning_rate * (v + g), and v becomes v' = momentum * (v + g), q moves to
-    q' = p' - learning_rate * v'. As p = q + learning_rate * v, this is
-    q - learning_rate * (g + v'), the last line above, where v is already v'. This is exact at a
-    constant learning rate. Without clipping, a step equals one of torch.optim.SGD with
-    nesterov=True.
+    proceedings.mlr.press/v28/sutskever13.html; v includes their factor momentum here).
+    `parameters` stores q, not p. When p moves to p' = p - learning_rate * (v + g), and v becomes
+    v' = momentum * (v + g), q moves to q' = p' - learning_rate * v'. As p = q + learning_rate * v,
+    this is q - learning_rate * (g + v'), the last line above, where v is already v'. This is exact
+    at a constant learning rate. Without gradient clipping, a step equals one of torch.optim.SGD
+    with nesterov=True.
     """
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:
@@ -319,7 +318,6 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
     first_step = (epoch - 1) * len(batch_starts)
     # A generator for each epoch, so that a resumed run shuffles like one never interrupted.
     order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
-    # The more images there are, the less weight decay is needed.
     decay = settings.weight_decay / len(images)
     loss_sum = 0.0
     for step, batch_start in enumerate(batch_starts, first_step):
@@ -383,9 +381,9 @@ def import_mnist() -> type:
     except Exception as error:  # RuntimeError, for example, if it was built for another PyTorch
         raise ImportError(f"torchvision cannot be used; reinstall it: {explain(error)}") from error
 
-    class MNIST(datasets.MNIST):  # torchvision expects the files in a folder of this name.
+    class MNIST(datasets.MNIST):  # torchvision names the files' folder after the class.
         def _check_legacy_exist(self):
-            return False  # Ignore files of old torchvision versions.
+            return False  # Files of old torchvision versions would be read instead.
 
     return MNIST
 
@@ -402,8 +400,8 @@ def read_dataset(mnist_class: type, root: Path, download: bool) -> Dataset:
     labels, test_labels = [np.from_dlpack(part.targets).astype(np.uint8) for part in parts]
     for x, y in ((images, labels), (test_images, test_labels)):
         if len(x) < 2 or len(x) != len(y) or x[0].size != IMAGE_SIZE:
-            found = f"images {x.shape} with labels {y.shape}"
-            raise ValueError(f"{found}, not 2 or more images of {IMAGE_SIZE} pixels with labels")
+            needed = f"2 or more images of {IMAGE_SIZE} pixels, each with a label, are needed"
+            raise ValueError(f"{needed}; found images {x.shape} and labels {y.shape}")
     content = b"".join([images, labels, test_images, test_labels])  # the bytes of these arrays
     checksum = hashlib.sha256(content).hexdigest()[:16]
     name = NAMES.get(checksum, root.resolve().name)
@@ -422,9 +420,10 @@ def load_data(choice: str, data_dir: Path | None) -> Dataset:
     mnist_class = import_mnist()
     root = SAMPLE_DIR if choice == "sample" else data_dir or Path("data")
     raw = root / "MNIST" / "raw"
-    empty = not any(raw.glob("*"))
+    # Files of this kind elsewhere in data_dir are somebody's data, in the wrong folder.
+    empty = not any(data_dir.rglob("*ubyte*") if data_dir else raw.glob("*"))
     complete = len(list(raw.glob("*-ubyte"))) == 4
-    # A directory that the user has named is only downloaded to if it is empty.
+    # A download may complete the default directory; one that the user has named must be empty.
     download = choice != "sample" and not complete and (empty or not data_dir)
     if download:
         print(f"downloading MNIST to {raw}", file=sys.stderr)
@@ -437,7 +436,7 @@ def load_data(choice: str, data_dir: Path | None) -> Dataset:
             print(f"warning: {problem}; using a sample of 5,000 images", file=sys.stderr)
             return load_data("sample", None)
         advice = "" if choice == "sample" else "; or use --dataset sample"
-        raise InputError(f"{problem}: add {FILES}{advice}") from error
+        raise InputError(f"{problem}: it needs {FILES}{advice}") from error
 
 
 # -------------------------------------------------------------------------------------------- run
@@ -556,15 +555,15 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         buffer = io.BytesIO()
         np.savez(buffer, **arrays, velocity=run.velocity, losses=losses, log=log)
         write_atomically(output / "model.npz", buffer.getvalue())
-        run.losses = losses  # after saving, as main reports their number after Ctrl-C
+        run.losses = losses  # after saving, so that main never reports an epoch that is not saved
         run.log = log
         with open(output / "training_log.txt", "a") as file:
             file.write(f"{line}\n")
         with tqdm.external_write_mode():  # above the progress bar
             print(line, flush=True)
-    if run.losses[-1][1] > untrained_loss / 2:
-        problem = "the test loss is more than half the untrained network's training loss"
-        print(f"warning: {problem}; train longer or try another --lr", file=sys.stderr)
+    if run.losses[-1][1] > mean_squared_error(run.model.mean_image, test_pixels) / 2:
+        problem = "the test loss is more than half that of the mean image"
+        print(f"warning: {problem}; try more epochs, more images or another --lr", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------ plots
@@ -579,7 +578,8 @@ def plot_losses(losses, baselines: Baselines, name: str, settings: Settings) -> 
     axes.plot(epochs, test, f"C1{marker}--", label=f"test: {test[-1]:.5f}")
     axes.axhline(baselines.pca_loss, c="k", ls=":", label=f"PCA, test: {baselines.pca_loss:.5f}")
     fall_start = settings.decay_start * len(losses)
-    axes.axvline(fall_start, c="gray", lw=0.8, label="the learning rate begins to fall")
+    if fall_start < len(losses):
+        axes.axvline(fall_start, c="gray", lw=0.8, label="the learning rate begins to fall")
     axes.set_title(f"Loss on {name} (mean image: {baselines.mean_image_loss:.4f})")
     axes.set(xlabel="epoch", ylabel="mean squared error", yscale="log")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(10, integer=True, min_n_ticks=1))
@@ -616,7 +616,7 @@ def plot_latent_space(codes: np.ndarray, dataset: Dataset) -> Figure:
 
 
 def plot_reconstructions(dataset: Dataset, outputs: np.ndarray, pca: PCA) -> Figure:
-    """The first image of each label, and its reconstructions. `outputs`: of all test images."""
+    """The first image of each label, reconstructed. `outputs` are those of all test images."""
     _, first_places = np.unique(dataset.test_labels, return_index=True)
     chosen = first_places[:10]
     originals = to_pixels(dataset.test_images[chosen])
@@ -625,8 +625,7 @@ def plot_reconstructions(dataset: Dataset, outputs: np.ndarray, pca: PCA) -> Fig
     rows["PCA"] = pca.inverse_transform(pca.transform(originals))
     rows["PCA's error"] = rows["PCA"] - originals
     figure = Figure(figsize=(10, 5.7), dpi=150, layout="constrained")
-    what = f"Test images of {dataset.name}"
-    figure.suptitle(f"{what}, reconstructed from codes of {CODE_SIZE} numbers")
+    figure.suptitle(f"Test images of {dataset.name}, decoded from codes of {CODE_SIZE} numbers")
     caption = "the first image of each label; errors from -0.5 (blue) to 0.5 (red)"
     figure.supxlabel(caption, fontsize="medium")
     grid = figure.subplots(len(rows), len(chosen), squeeze=False)
@@ -674,7 +673,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     def add(flag, convert, default, meaning):
         text = f"{meaning} (default: {default})"
-        parser.add_argument(flag, type=convert, default=default, help=text)
+        # argparse converts, and so checks, a default only if it is a string.
+        parser.add_argument(flag, type=convert, default=str(default), help=text)
 
     count = partial(number, int, 1, 100_000)
     add("--epochs", count, Settings.epochs, "number of epochs")
@@ -682,7 +682,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--momentum", partial(number, float, 0, 0.99), Settings.momentum, "momentum coefficient")
     add("--seed", partial(number, int, 0, 2**32 - 1), Settings.seed, "seed of the random numbers")
     add("--output-dir", Path, Path(), "where to write to")
-    default = f"{Settings.learning_rate:g} at batch size {Settings.batch_size}, scaled with it"
+    default = f"{default_learning_rate(Settings.batch_size):g}, scaled with the batch size"
     text = f"peak learning rate (default: {default})"
     parser.add_argument("--lr", type=partial(number, float, 1e-6, 1000), help=text)
     parser.add_argument("--data-dir", type=Path, help="where MNIST is, or goes (default: data)")

@@ -1,4 +1,4 @@
-"""Shared by the test files: small data sets, runs of the script and the place of all of MNIST."""
+"""Shared by the test files: small data sets, runs of the script and what they leave."""
 
 import contextlib
 import io
@@ -14,6 +14,7 @@ import pytest
 from recipe import script
 from torchvision.datasets import MNIST
 
+SAMPLE = script.load_data("sample", None)
 NAMES = [archive.removesuffix(".gz") for archive, _ in MNIST.resources]  # four files
 EPOCH = re.compile(r"Epoch (\d+), Loss: (\d\.\d{6}), Test Loss: (\d\.\d{6}), Time: \d+\.\ds")
 
@@ -82,12 +83,6 @@ def snapshot(directory="."):
     """Name and content of all files below directory."""
     files = (path for path in Path(directory).rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
-
-
-@pytest.fixture(scope="session")
-def sample():
-    """The sample of MNIST as a Dataset."""
-    return script.load_data("sample", None)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, call, fails, script, snapshot, start, write_idx
+from conftest import NAMES, SAMPLE, call, fails, script, snapshot, start, write_idx
 from torchvision import datasets
 
 
@@ -26,13 +26,11 @@ def compress(raw, names=NAMES, end=None):
         (raw / name).unlink()
 
 
-def test_sample_is_5000_digits_of_all_classes_in_equal_parts_or_is_missed(sample, monkeypatch):
-    assert sample.description.startswith("a sample of MNIST, 4000 training and 1000 test images, ")
-    assert np.bincount(sample.test_labels).tolist() == [100] * 10
-    images = np.concatenate([sample.images, sample.test_images])
+def test_sample_is_5000_digits_of_all_classes_in_equal_parts():
+    assert SAMPLE.description.startswith("a sample of MNIST, 4000 training and 1000 test images, ")
+    assert np.bincount(SAMPLE.test_labels).tolist() == [100] * 10
+    images = np.concatenate([SAMPLE.images, SAMPLE.test_images])
     assert images.dtype == np.uint8 and len(np.unique(images, axis=0)) == 5000
-    monkeypatch.setattr(script, "SAMPLE_DIR", Path("somewhere"))
-    fails(call("--dataset", "sample"), 2, "somewhere")
 
 
 def test_files_of_another_data_set_are_read_and_kept(monkeypatch):
@@ -64,11 +62,10 @@ def test_torchvision_that_cannot_be_imported_is_no_reason_to_take_the_sample(fla
     assert {path.name for path in Path().iterdir()} <= {"torchvision.py", "__pycache__"}
 
 
-# Downloads. --------------------------------------------------------------------------------------
 @pytest.fixture
 def serve(monkeypatch):
     """A function that makes torchvision download a small data set from a server with a fault."""
-    monkeypatch.setattr(script, "SERVER_TIMEOUT", 0.3)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder, servers = write_idx("served"), []
     compress(folder)
     archives = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -77,14 +74,15 @@ def serve(monkeypatch):
 
     def serve(fault=None):
         for name, content in archives.items():
-            (folder / name).write_bytes(content[fault == "checksum" :])
+            (folder / name).write_bytes(content[1:] if fault == "checksum" else content)
         handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         servers.append(server)  # An object that nothing refers to would be deleted, and closed.
         if fault == "refused":
             server.server_close()
-        elif fault != "stalls":  # then it accepts connections and never answers
+        elif fault != "stalls":  # Then it accepts connections and never answers.
             threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(script, "SERVER_TIMEOUT", 0.3 if fault == "stalls" else 30)
         url = f"http://127.0.0.1:{server.server_port}/"
         monkeypatch.setattr(datasets.MNIST, "mirrors", [url])
 
@@ -105,7 +103,7 @@ def test_download_happens_once_and_says_where_to(serve, capsys, data_dir):
 
 
 @pytest.mark.parametrize("fault", ["refused", "checksum", "stalls"])
-def test_failed_download(serve, capsys, fault):
+def test_failed_download_is_an_error_or_a_reason_to_take_the_sample(serve, capsys, fault):
     serve(fault)
     for flags in (("--dataset", "mnist"), ("--data-dir", "given")):
         result = call(*flags, "--output-dir", "out")
@@ -118,31 +116,34 @@ def test_failed_download(serve, capsys, fault):
     lines = capsys.readouterr().err.splitlines()
     (warning,) = [line for line in lines if line.startswith("warning: ")]
     assert str(Path("data", "MNIST", "raw")) in warning and "sample" in warning
+    (write_idx("data") / NAMES[0]).unlink()  # Now other files are there.
+    assert call("--output-dir", "out").status == 2
     serve()  # What a failed download has left does not keep the next one from succeeding.
     assert script.load_data("auto", None).name == "data"
 
 
-def name_as_7_zip_does(path):
+def unpack_as_7_zip_does(path):
     for name in NAMES:
-        (path.parent / name).rename(path.with_name(name.replace("-idx", ".idx")))
+        (path.parent / name).rename(path.parents[2] / name.replace("-idx", ".idx"))
 
 
-DAMAGES = {
-    "missing": Path.unlink,
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "web page": lambda path: path.write_bytes(b"<!DOCTYPE html><html>403 Forbidden</html>"),
-    "all renamed": name_as_7_zip_does,
-    "cut archive": lambda path: compress(path.parent, [path.name], end=-1),
-    "more labels": lambda path: path.write_bytes(struct.pack(">2i", 2049, 60) + bytes(60)),
-    "no image": lambda path: write_idx(path.parents[2], train=0),
+DAMAGES = {  # the file and what happens to it
+    "missing": (NAMES[0], Path.unlink),
+    "cut": (NAMES[1], lambda path: path.write_bytes(path.read_bytes()[:-1])),
+    "cut archive": (NAMES[2], lambda path: compress(path.parent, [path.name], end=-1)),
+    "more labels": (NAMES[1], lambda path: path.write_bytes(struct.pack(">2i60x", 2049, 60))),
+    "one image": (NAMES[0], lambda path: write_idx(path.parents[2], train=1)),
+    "unpacked by 7-Zip": (NAMES[0], unpack_as_7_zip_does),
+    "too high": (NAMES[3], lambda path: path.parents[1].rename(path.parents[2] / "Fashion")),
 }
 
 
-@pytest.mark.parametrize(("damage", "name"), [*zip(DAMAGES, NAMES * 2, strict=False)])
-def test_unusable_files_of_the_user_are_kept_and_no_reason_to_take_the_sample(serve, name, damage):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_unusable_files_of_the_user_are_kept_and_no_reason_to_take_the_sample(serve, damage):
     serve()
     raw = write_idx("mine")
-    DAMAGES[damage](raw / name)
+    name, spoil = DAMAGES[damage]
+    spoil(raw / name)
     before = snapshot()
     fails(call("--data-dir", "mine"), 2, raw, *NAMES, ".gz", "--dataset sample")
     assert snapshot() == before
