@@ -147,7 +147,7 @@ class Autoencoder:
         # Compare each layer with the next, and the last with the first.
         for layer, following in zip(layers, (*layers[1:], layers[0]), strict=True):
             if layer.outputs != following.inputs:
-                fault = f"{layer.outputs} outputs are followed by {following.inputs} inputs"
+                fault = f"{layer.outputs} outputs meet {following.inputs} inputs"
                 raise ValueError(f"the layers do not fit together: {fault}")
         self.mean_image = np.asarray(mean_image, dtype)
         self.layers = layers
@@ -223,7 +223,8 @@ class Autoencoder:
         size = self.mean_image.size
         x = images / 255 if images.dtype == np.uint8 else images
         if np.prod(x.shape[1:]) != size or not ((x >= 0) & (x <= 1)).all():
-            raise ValueError(f"images need {size} pixels, uint8 or in [0, 1]: {x.shape}, {x}")
+            found = f"shape {images.shape}, from {images.min()} to {images.max()}"
+            raise ValueError(f"images need {size} pixels, uint8 or in [0, 1], not {found}")
         return self.forward(x.reshape(-1, size).astype(self.mean_image.dtype))[self.code_index]
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -415,13 +416,13 @@ def load_data(choice: str, data_dir: Path | None) -> Dataset:
     """The data set for --dataset ("auto", "mnist" or "sample") and --data-dir (None if not given).
 
     If a download fails, "auto" falls back to the sample, unless --data-dir was given or there were
-    files in data/MNIST/raw before. Raises InputError or ImportError.
+    files of MNIST in data before. Raises InputError or ImportError.
     """
     mnist_class = import_mnist()
     root = SAMPLE_DIR if choice == "sample" else data_dir or Path("data")
     raw = root / "MNIST" / "raw"
-    # Files of this kind elsewhere in data_dir are somebody's data, in the wrong folder.
-    empty = not any(data_dir.rglob("*ubyte*") if data_dir else raw.glob("*"))
+    # Files may also lie in a wrong folder: one too high, one too deep or one of another name.
+    empty = not any([*root.glob("*/raw/*"), *root.glob("raw/*"), *root.glob("*ubyte*")])
     complete = len(list(raw.glob("*-ubyte"))) == 4
     # A download may complete the default directory; one that the user has named must be empty.
     download = choice != "sample" and not complete and (empty or not data_dir)
@@ -703,8 +704,7 @@ def main(argv: list[str] | None = None) -> int:
         dataset = load_data(args.dataset, args.data_dir)
         batch_size = min(args.batch_size, len(dataset.images))
         rate = args.lr or default_learning_rate(batch_size)
-        others = {"momentum": args.momentum, "seed": args.seed}
-        settings = Settings(epochs=args.epochs, batch_size=batch_size, learning_rate=rate, **others)
+        settings = Settings(args.epochs, batch_size, rate, momentum=args.momentum, seed=args.seed)
         # 8 threads, or fewer if this process may only use fewer. More than 8 do not help.
         threads = min(8, joblib.cpu_count(), *(pool["num_threads"] for pool in threadpool_info()))
         # Overflow needs no warning, because train checks the loss.
