@@ -54,7 +54,7 @@ class Settings:
 
     epochs: int = 100  # passes over the training images
     batch_size: int = 256  # images per mini-batch
-    # Peak learning rate for 256 images per mini-batch; default_learning_rate adapts it to others.
+    # Peak learning rate for 256 images per mini-batch. `main` adapts this default to others.
     # It is large because a mean over pixels has small gradients.
     learning_rate: float = 28.0
     decay_start: float = 0.25  # After this fraction of the run, the rate begins to fall to 0.
@@ -63,7 +63,7 @@ class Settings:
     # single large step could push every output below 0 or above 1, where the derivative of the
     # output layer's activation is 0. All gradients would then be 0, and learning would stop.
     max_gradient_norm: float = 0.0025
-    # Weight decay of weights and biases, divided by the number of images, as more need less.
+    # Weight decay of weights and biases. train_epoch divides it by the number of images.
     weight_decay: float = 0.006
     seed: int = 0  # for the random initial weights and the shuffling of the images
 
@@ -319,7 +319,7 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
     first_step = (epoch - 1) * len(batch_starts)
     # A generator for each epoch, so that a resumed run shuffles like one never interrupted.
     order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
-    decay = settings.weight_decay / len(images)
+    decay = settings.weight_decay / len(images)  # More images need less.
     loss_sum = 0.0
     for step, batch_start in enumerate(batch_starts, first_step):
         chosen = order[batch_start : batch_start + settings.batch_size]
@@ -384,7 +384,7 @@ def import_mnist() -> type:
 
     class MNIST(datasets.MNIST):  # torchvision names the files' folder after the class.
         def _check_legacy_exist(self):
-            return False  # Files of old torchvision versions would be read instead.
+            return False  # Otherwise, torchvision would read files of its old versions.
 
     return MNIST
 
@@ -401,7 +401,7 @@ def read_dataset(mnist_class: type, root: Path, download: bool) -> Dataset:
     labels, test_labels = [np.from_dlpack(part.targets).astype(np.uint8) for part in parts]
     for x, y in ((images, labels), (test_images, test_labels)):
         if len(x) < 2 or len(x) != len(y) or x[0].size != IMAGE_SIZE:
-            needed = f"2 or more images of {IMAGE_SIZE} pixels, each with a label, are needed"
+            needed = f"2 or more images of {IMAGE_SIZE} pixels (see LAYERS) with labels are needed"
             raise ValueError(f"{needed}; found images {x.shape} and labels {y.shape}")
     content = b"".join([images, labels, test_images, test_labels])  # the bytes of these arrays
     checksum = hashlib.sha256(content).hexdigest()[:16]
@@ -421,8 +421,8 @@ def load_data(choice: str, data_dir: Path | None) -> Dataset:
     mnist_class = import_mnist()
     root = SAMPLE_DIR if choice == "sample" else data_dir or Path("data")
     raw = root / "MNIST" / "raw"
-    # Files may also lie in a wrong folder: one too high, one too deep or one of another name.
-    empty = not any([*root.glob("*/raw/*"), *root.glob("raw/*"), *root.glob("*ubyte*")])
+    # The files may also lie in a wrong folder: in root itself or in another folder below it.
+    empty = not any([*root.glob("*/raw/*"), *root.glob("*/*ubyte*"), *root.glob("*ubyte*")])
     complete = len(list(raw.glob("*-ubyte"))) == 4
     # A download may complete the default directory; one that the user has named must be empty.
     download = choice != "sample" and not complete and (empty or not data_dir)
@@ -535,6 +535,7 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
     """
     test_pixels = to_pixels(dataset.test_images)
     some_pixels = to_pixels(dataset.images[:: 1 + len(dataset.images) // 10_000])  # 10,000 or fewer
+    # Its outputs are the mean image, unless LAYERS end with another activation.
     untrained = Autoencoder(run.model.mean_image, settings.seed)
     untrained_loss = mean_squared_error(untrained.forward(some_pixels)[-1], some_pixels)
     done = len(run.losses)
@@ -627,8 +628,7 @@ def plot_reconstructions(dataset: Dataset, outputs: np.ndarray, pca: PCA) -> Fig
     rows["PCA's error"] = rows["PCA"] - originals
     figure = Figure(figsize=(10, 5.7), dpi=150, layout="constrained")
     figure.suptitle(f"Test images of {dataset.name}, decoded from codes of {CODE_SIZE} numbers")
-    caption = "the first image of each label; errors from -0.5 (blue) to 0.5 (red)"
-    figure.supxlabel(caption, fontsize="medium")
+    figure.supxlabel("first image of each label; errors: -0.5 (blue) to 0.5 (red)", size="medium")
     grid = figure.subplots(len(rows), len(chosen), squeeze=False)
     for cells, (label, images) in zip(grid, rows.items(), strict=True):
         cells[0].set_ylabel(label)
