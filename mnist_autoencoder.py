@@ -54,7 +54,7 @@ class Settings:
 
     epochs: int = 100  # passes over the training images
     batch_size: int = 256  # images per mini-batch
-    # Peak learning rate for 256 images per mini-batch. `main` adapts this default to others.
+    # Peak learning rate for 256 images per mini-batch. `main` adapts it to other sizes.
     # It is large because a mean over pixels has small gradients.
     learning_rate: float = 28.0
     decay_start: float = 0.25  # After this fraction of the run, the rate begins to fall to 0.
@@ -286,7 +286,7 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
 
     Nesterov momentum evaluates the gradient where the velocity is about to take the parameters p,
     at the look-ahead point q = p - learning_rate * v (Sutskever et al. 2013,
-    proceedings.mlr.press/v28/sutskever13.html; v includes their factor momentum here).
+    proceedings.mlr.press/v28/sutskever13.html; -learning_rate * v here is momentum * v there).
     `parameters` stores q, not p. When p moves to p' = p - learning_rate * (v + g), and v becomes
     v' = momentum * (v + g), q moves to q' = p' - learning_rate * v'. As p = q + learning_rate * v,
     this is q - learning_rate * (g + v'), the last line above, where v is already v'. This is exact
@@ -416,14 +416,14 @@ def load_data(choice: str, data_dir: Path | None) -> Dataset:
     """The data set for --dataset ("auto", "mnist" or "sample") and --data-dir (None if not given).
 
     If a download fails, "auto" falls back to the sample, unless --data-dir was given or there were
-    files of MNIST in data before. Raises InputError or ImportError.
+    files in data/MNIST/raw before. Raises InputError or ImportError.
     """
     mnist_class = import_mnist()
     root = SAMPLE_DIR if choice == "sample" else data_dir or Path("data")
     raw = root / "MNIST" / "raw"
-    # The files may also lie in a wrong folder: in root itself or in another folder below it.
+    # Files in a wrong folder, such as root/FashionMNIST/raw, may be those that the user means.
     empty = not any([*root.glob("*/raw/*"), *root.glob("*/*ubyte*"), *root.glob("*ubyte*")])
-    complete = len(list(raw.glob("*-ubyte"))) == 4
+    complete = len({path.name.removesuffix(".gz") for path in raw.glob("*-ubyte*")}) == 4
     # A download may complete the default directory; one that the user has named must be empty.
     download = choice != "sample" and not complete and (empty or not data_dir)
     if download:
