@@ -223,8 +223,7 @@ class Autoencoder:
         size = self.mean_image.size
         x = images / 255 if images.dtype == np.uint8 else images
         if np.prod(x.shape[1:]) != size or not ((x >= 0) & (x <= 1)).all():
-            found = f"shape {images.shape}, from {images.min()} to {images.max()}"
-            raise ValueError(f"images need {size} pixels, uint8 or in [0, 1], not {found}")
+            raise ValueError(f"images of {size} pixels, uint8 or in [0, 1], are needed: {x.shape}")
         return self.forward(x.reshape(-1, size).astype(self.mean_image.dtype))[self.code_index]
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -288,10 +287,10 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
     at the look-ahead point q = p - learning_rate * v (Sutskever et al. 2013,
     proceedings.mlr.press/v28/sutskever13.html; -learning_rate * v here is momentum * v there).
     `parameters` stores q, not p. When p moves to p' = p - learning_rate * (v + g), and v becomes
-    v' = momentum * (v + g), q moves to q' = p' - learning_rate * v'. As p = q + learning_rate * v,
-    this is q - learning_rate * (g + v'), the last line above, where v is already v'. This is exact
-    at a constant learning rate. Without gradient clipping, a step equals one of torch.optim.SGD
-    with nesterov=True.
+    v' = momentum * (v + g), q moves to q' = p' - learning_rate * v'. Inserting p' and
+    p = q + learning_rate * v gives q' = q - learning_rate * (g + v'), the last line above, where v
+    is already v'. This is exact at a constant learning rate. Without gradient clipping, a step
+    equals one of torch.optim.SGD with nesterov=True.
     """
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:
@@ -352,8 +351,8 @@ class Dataset:
 SAMPLE_DIR = Path(__file__).resolve().parent / "data" / "sample"
 # The names of data sets by checksum. Any other data set is named after its directory.
 NAMES = {"06b0d1f124c4e5fa": "MNIST", "8a7adbe9b5c3bf45": "a sample of MNIST"}
-FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
-FILES += "t10k-labels-idx1-ubyte, each as it is or as .gz"
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+FILES += ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 SERVER_TIMEOUT = 30  # seconds until a server that does not answer is given up
 
 
@@ -415,15 +414,15 @@ def read_dataset(mnist_class: type, root: Path, download: bool) -> Dataset:
 def load_data(choice: str, data_dir: Path | None) -> Dataset:
     """The data set for --dataset ("auto", "mnist" or "sample") and --data-dir (None if not given).
 
-    If a download fails, "auto" falls back to the sample, unless --data-dir was given or there were
-    files in data/MNIST/raw before. Raises InputError or ImportError.
+    If a download fails, "auto" falls back to the sample, unless --data-dir was given or the default
+    directory already held files of a data set. Raises InputError or ImportError.
     """
     mnist_class = import_mnist()
     root = SAMPLE_DIR if choice == "sample" else data_dir or Path("data")
     raw = root / "MNIST" / "raw"
     # Files in a wrong folder, such as root/FashionMNIST/raw, may be those that the user means.
     empty = not any([*root.glob("*/raw/*"), *root.glob("*/*ubyte*"), *root.glob("*ubyte*")])
-    complete = len({path.name.removesuffix(".gz") for path in raw.glob("*-ubyte*")}) == 4
+    complete = all(any(raw.glob(f"{name}*")) for name in FILES)  # perhaps as .gz
     # A download may complete the default directory; one that the user has named must be empty.
     download = choice != "sample" and not complete and (empty or not data_dir)
     if download:
@@ -436,8 +435,9 @@ def load_data(choice: str, data_dir: Path | None) -> Dataset:
         if empty and choice == "auto" and not data_dir:
             print(f"warning: {problem}; using a sample of 5,000 images", file=sys.stderr)
             return load_data("sample", None)
-        advice = "" if choice == "sample" else "; or use --dataset sample"
-        raise InputError(f"{problem}: it needs {FILES}{advice}") from error
+        files = ", ".join(FILES)
+        advice = "" if choice == "sample" else "; or use an empty --data-dir or --dataset sample"
+        raise InputError(f"{problem}: it needs {files}, as they are or as .gz{advice}") from error
 
 
 # -------------------------------------------------------------------------------------------- run
@@ -506,7 +506,7 @@ def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
 
 
 def prepare_output(output: Path, log: str) -> None:
-    """Write the log so far; remove old plots and the temporary files of a killed run."""
+    """Write the log so far; remove the plots and temporary files of earlier runs in `output`."""
     plots = output / "plots"
     try:
         plots.mkdir(parents=True, exist_ok=True)
@@ -535,7 +535,7 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
     """
     test_pixels = to_pixels(dataset.test_images)
     some_pixels = to_pixels(dataset.images[:: 1 + len(dataset.images) // 10_000])  # 10,000 or fewer
-    # Its outputs are the mean image, unless LAYERS end with another activation.
+    # Its outputs are the mean image, unless LAYERS end with an activation such as a sigmoid.
     untrained = Autoencoder(run.model.mean_image, settings.seed)
     untrained_loss = mean_squared_error(untrained.forward(some_pixels)[-1], some_pixels)
     done = len(run.losses)
@@ -564,8 +564,8 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         with tqdm.external_write_mode():  # above the progress bar
             print(line, flush=True)
     if run.losses[-1][1] > mean_squared_error(run.model.mean_image, test_pixels) / 2:
-        problem = "the test loss is more than half that of the mean image"
-        print(f"warning: {problem}; try more epochs, more images or another --lr", file=sys.stderr)
+        advice = "try more epochs or images, a larger code or another --lr"
+        print(f"warning: the test loss is above half the mean image's; {advice}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------ plots
