@@ -223,7 +223,7 @@ class Autoencoder:
         size = self.mean_image.size
         x = images / 255 if images.dtype == np.uint8 else images
         if np.prod(x.shape[1:]) != size or not ((x >= 0) & (x <= 1)).all():
-            raise ValueError(f"images of {size} pixels, uint8 or in [0, 1], are needed: {x.shape}")
+            raise ValueError(f"not {size} pixels, uint8 or in [0, 1]: {x.dtype} of shape {x.shape}")
         return self.forward(x.reshape(-1, size).astype(self.mean_image.dtype))[self.code_index]
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -283,8 +283,8 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
         v          <- momentum * (v + g)
         parameters <- parameters - learning_rate * (g + v)
 
-    Nesterov momentum evaluates the gradient where the velocity is about to take the parameters p,
-    at the look-ahead point q = p - learning_rate * v (Sutskever et al. 2013,
+    Nesterov momentum moves a point p, but evaluates the gradient where the velocity is about to
+    take it, at the look-ahead point q = p - learning_rate * v (Sutskever et al. 2013,
     proceedings.mlr.press/v28/sutskever13.html; -learning_rate * v here is momentum * v there).
     `parameters` stores q, not p. When p moves to p' = p - learning_rate * (v + g), and v becomes
     v' = momentum * (v + g), q moves to q' = p' - learning_rate * v'. Inserting p' and
@@ -420,7 +420,7 @@ def load_data(choice: str, data_dir: Path | None) -> Dataset:
     mnist_class = import_mnist()
     root = SAMPLE_DIR if choice == "sample" else data_dir or Path("data")
     raw = root / "MNIST" / "raw"
-    # Files in a wrong folder, such as root/FashionMNIST/raw, may be those that the user means.
+    # The user's files may be elsewhere: in root/FashionMNIST/raw, or root is itself MNIST or raw.
     empty = not any([*root.glob("*/raw/*"), *root.glob("*/*ubyte*"), *root.glob("*ubyte*")])
     complete = all(any(raw.glob(f"{name}*")) for name in FILES)  # perhaps as .gz
     # A download may complete the default directory; one that the user has named must be empty.
@@ -525,7 +525,7 @@ def describe_libraries() -> str:
         if pool["user_api"] == "blas":
             name = f"{pool['internal_api']} {pool['version']} {pool.get('architecture', '')}"
             facts.append(f"{name} x {pool['num_threads']}")
-    return ", ".join(sorted(facts))
+    return ", ".join(facts)
 
 
 def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
@@ -535,7 +535,7 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
     """
     test_pixels = to_pixels(dataset.test_images)
     some_pixels = to_pixels(dataset.images[:: 1 + len(dataset.images) // 10_000])  # 10,000 or fewer
-    # Its outputs are the mean image, unless LAYERS end with an activation such as a sigmoid.
+    # The untrained network outputs the mean image, unless LAYERS end with, say, a sigmoid.
     untrained = Autoencoder(run.model.mean_image, settings.seed)
     untrained_loss = mean_squared_error(untrained.forward(some_pixels)[-1], some_pixels)
     done = len(run.losses)
