@@ -68,7 +68,7 @@ def serve(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder, servers = write_idx("served"), []
     compress(folder)
-    archives = {path.name: path.read_bytes() for path in folder.iterdir()}
+    archives = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     resources = [(name, hashlib.md5(content).hexdigest()) for name, content in archives.items()]
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
 
@@ -116,7 +116,7 @@ def test_failed_download_is_an_error_or_a_reason_to_take_the_sample(serve, capsy
     assert script.load_data("auto", None).name == "a sample of MNIST"
     raw = Path("data", "MNIST", "raw")
     assert f"\nwarning: no usable data in {raw} (" in capsys.readouterr().err
-    (write_idx("data") / NAMES[0]).rename(raw / f"{NAMES[1]}.gz")  # four files, but not all
+    (raw / NAMES[0]).touch()  # a file of the user
     assert call("--output-dir", "out").status == 2
     serve()  # What a failed download has left does not keep the next one from succeeding.
     assert script.load_data("auto", None).name == "data"
