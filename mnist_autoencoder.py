@@ -283,14 +283,14 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
         v          <- momentum * (v + g)
         parameters <- parameters - learning_rate * (g + v)
 
-    Nesterov momentum moves a point p, but evaluates the gradient where the velocity is about to
-    take it, at the look-ahead point q = p - learning_rate * v (Sutskever et al. 2013,
+    Nesterov momentum moves a point p to p' = p - learning_rate * (v + g), where g is the gradient
+    at the look-ahead point q = p - learning_rate * v (Sutskever et al. 2013,
     proceedings.mlr.press/v28/sutskever13.html; -learning_rate * v here is momentum * v there).
-    `parameters` stores q, not p. When p moves to p' = p - learning_rate * (v + g), and v becomes
-    v' = momentum * (v + g), q moves to q' = p' - learning_rate * v'. Inserting p' and
-    p = q + learning_rate * v gives q' = q - learning_rate * (g + v'), the last line above, where v
-    is already v'. This is exact at a constant learning rate. Without gradient clipping, a step
-    equals one of torch.optim.SGD with nesterov=True.
+    `parameters` stores q, not p. With v' = momentum * (v + g), the next look-ahead point is
+    q' = p' - learning_rate * v'. Inserting p' and p = q + learning_rate * v gives
+    q' = q - learning_rate * (g + v'), the last line above, where v is already v'. This is exact at
+    a constant learning rate. Without gradient clipping, a step equals one of torch.optim.SGD with
+    nesterov=True.
     """
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:
@@ -418,13 +418,13 @@ def load_data(choice: str, data_dir: Path | None) -> Dataset:
     directory already held files of a data set. Raises InputError or ImportError.
     """
     mnist_class = import_mnist()
-    root = SAMPLE_DIR if choice == "sample" else data_dir or Path("data")
+    root = SAMPLE_DIR if choice == "sample" else Path(os.path.expanduser(data_dir or "data"))
     raw = root / "MNIST" / "raw"
-    # The user's files may be elsewhere: in root/FashionMNIST/raw, or root is itself MNIST or raw.
-    empty = not any([*root.glob("*/raw/*"), *root.glob("*/*ubyte*"), *root.glob("*ubyte*")])
+    # Files in root/FashionMNIST/raw count, too, and those in root, if root is itself MNIST or raw.
+    no_files = not any([*root.glob("*/raw/*"), *root.glob("*/*ubyte*"), *root.glob("*ubyte*")])
     complete = all(any(raw.glob(f"{name}*")) for name in FILES)  # perhaps as .gz
-    # A download may complete the default directory; one that the user has named must be empty.
-    download = choice != "sample" and not complete and (empty or not data_dir)
+    # A download may complete the default directory; one that the user has named must have none.
+    download = choice != "sample" and not complete and (no_files or not data_dir)
     if download:
         print(f"downloading MNIST to {raw}", file=sys.stderr)
         socket.setdefaulttimeout(SERVER_TIMEOUT)
@@ -432,7 +432,7 @@ def load_data(choice: str, data_dir: Path | None) -> Dataset:
         return read_dataset(mnist_class, root, download)
     except Exception as error:
         problem = f"no usable data in {raw} ({explain(error)})"
-        if empty and choice == "auto" and not data_dir:
+        if no_files and choice == "auto" and not data_dir:
             print(f"warning: {problem}; using a sample of 5,000 images", file=sys.stderr)
             return load_data("sample", None)
         files = ", ".join(FILES)
@@ -698,7 +698,7 @@ def main(argv: list[str] | None = None) -> int:
     if sys.stderr is None:  # stderr was closed, but tqdm and torchvision would write to it.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     args = parse_arguments(argv)
-    output = args.output_dir
+    output = Path(os.path.expanduser(args.output_dir))
     run = None
     try:
         dataset = load_data(args.dataset, args.data_dir)

@@ -66,6 +66,7 @@ def test_torchvision_that_cannot_be_imported_is_no_reason_to_take_the_sample(fla
 def serve(monkeypatch):
     """A function that makes torchvision download a small data set from a server with a fault."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: str(path).replace("~/", ""))
     folder, servers = write_idx("served"), []
     compress(folder)
     archives = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
@@ -90,14 +91,14 @@ def serve(monkeypatch):
     socket.setdefaulttimeout(None)
 
 
-@pytest.mark.parametrize("data_dir", [None, Path("given")])
+@pytest.mark.parametrize("data_dir", [None, Path("~/given")])
 def test_download_happens_once_and_says_where_to(serve, capsys, data_dir):
     serve()
-    sample = write_idx(Path(data_dir or "data", "sample"))  # as in this repository
+    root = Path("given" if data_dir else "data")
+    sample = write_idx(root / "sample")  # as in this repository
     script.load_data("auto", data_dir)
-    raw = Path(data_dir or "data", "MNIST", "raw")
-    assert f"downloading MNIST to {raw}\n" in capsys.readouterr().err
-    assert snapshot(raw).items() >= snapshot(sample).items()
+    assert f"downloading MNIST to {root / 'MNIST' / 'raw'}\n" in capsys.readouterr().err
+    assert snapshot(root / "MNIST" / "raw").items() >= snapshot(sample).items()
     serve("refused")
     script.load_data("auto", data_dir)
     assert "downloading" not in capsys.readouterr().err

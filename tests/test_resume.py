@@ -32,7 +32,6 @@ def raising(function, error, at):
 
 # An epoch has four steps. The log is written first, the model after each epoch, then three plots.
 INSTANTS = [  # the error; what raises it, in which call; complete epochs; end of the message
-    (CTRL_C, "mnist_autoencoder.sgd_step", 1, 0, "interrupted"),
     (CTRL_C, "mnist_autoencoder.sgd_step", 16, 3, "--resume continues after epoch 3"),
     (CTRL_C, "mnist_autoencoder.plot_losses", 1, 4, "--resume continues after epoch 4"),
     (CTRL_C, "os.replace", 2, 0, "interrupted"),
