@@ -45,8 +45,7 @@ def test_a_run_writes_a_log_with_a_header_a_model_and_three_plots():
 @pytest.mark.parametrize("losses", [[[0.04, 0.01], [0.005, 0.004]], [[0.0021, 0.0022]]])
 def test_loss_curve_shows_every_epoch_and_pca_and_names_the_last_losses(losses, start):
     baselines = script.Baselines(mean_image_loss=0.07, pca=None, pca_loss=0.0123)
-    settings = script.Settings(decay_start=start)
-    figure = script.plot_losses(losses, baselines, "the data", settings)
+    figure = script.plot_losses(losses, baselines, "the data", script.Settings(decay_start=start))
     (axes,) = figure.axes
     training, test, pca, *falls = [np.array(line.get_data()) for line in axes.lines]
     numbers = range(1, len(losses) + 1)
@@ -55,7 +54,8 @@ def test_loss_curve_shows_every_epoch_and_pca_and_names_the_last_losses(losses, 
     assert [set(fall[0]) for fall in falls] == [{len(losses) / 2}] * (start < 1)
     last = [f"training (epoch mean): {losses[-1][0]:.5f}", f"test: {losses[-1][1]:.5f}"]
     legend = [text.get_text() for text in figure.legends[0].texts]
-    assert legend == [*last, "PCA, test: 0.01230", *["the learning rate begins to fall"] * len(falls)]
+    begin = ["the learning rate begins to fall"] * len(falls)
+    assert legend == [*last, "PCA, test: 0.01230", *begin]
     assert all(x == int(x) for x in axes.get_xticks())
     assert axes.get_title() == "Loss on the data (mean image: 0.0700)"
 
