@@ -1,8 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#     "numpy>=1.26", "torchvision>=0.17", "matplotlib>=3.8", "scikit-learn>=1.5", "joblib>=1.3",
-#     "threadpoolctl>=3.1", "tqdm>=4.66"]
+# dependencies = ["numpy>=1.26", "torchvision>=0.17", "matplotlib>=3.8", "scikit-learn>=1.5",
+#     "joblib>=1.3", "threadpoolctl>=3.1", "tqdm>=4.66"]
 # ///
 """A deep autoencoder for MNIST, from scratch in NumPy.
 
@@ -17,13 +16,13 @@ import argparse
 import contextlib
 import gzip
 import hashlib
-import io
 import os
 import platform
 import socket
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -56,9 +55,9 @@ class Settings:
     batch_size: int = 256  # images per mini-batch
     # Peak learning rate for 256 images per mini-batch. `main` adapts it to other sizes.
     # It is large because a mean over pixels has small gradients.
-    learning_rate: float = 28.0
-    decay_start: float = 0.25  # After this fraction of the run, the rate begins to fall to 0.
-    momentum: float = 0.98  # sgd_step's velocity is then roughly the sum of the last 50 gradients
+    learning_rate: float = 44.0
+    decay_start: float = 0.35  # After this fraction of the run, the rate begins to fall to 0.
+    momentum: float = 0.985  # sgd_step's velocity is then roughly the sum of 67 gradients
     # Gradient clipping: a gradient with a larger norm is scaled down to this norm. Otherwise, a
     # single large step could push every output below 0 or above 1, where the derivative of the
     # output layer's activation is 0. All gradients would then be 0, and learning would stop.
@@ -69,47 +68,39 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------- network
+# An activation function returns its value at z and its derivative there.
 def elu(z):
     """z where z > 0, exp(z) - 1 elsewhere (Clevert et al. 2016, arxiv.org/abs/1511.07289)."""
-    # Where z > 0, the second argument is exp(0) - 1 = 0; elsewhere, exp(z) - 1 is never below z.
+    # Where z > 0, this is exp(0) = 1, the derivative there. Elsewhere, exp(z) - 1 is never below z.
     # np.where and np.expm1 are much slower. The -80 avoids subnormal numbers, which are slow, too.
-    return np.maximum(z, np.exp(np.clip(z, -80, 0)) - 1)
-
-
-def elu_derivative(a):
-    """elu'(z) in terms of a = elu(z), as z is not kept: 1 where a > 0, a + 1 elsewhere."""
-    return np.minimum(a, 0) + 1
+    derivative = np.exp(np.clip(z, -80, 0))
+    return np.maximum(z, derivative - 1), derivative
 
 
 def linear(z):
-    """The identity: z."""
-    return z
-
-
-def linear_derivative(a):
-    """linear'(z) = 1."""
-    return np.ones_like(a)
+    """The identity: z, with the derivative 1."""
+    return z, 1
 
 
 def clip(z):
-    """0 where z < 0, 1 where z > 1, z in between."""
-    return np.clip(z, 0, 1)
+    """0 where z < 0, 1 where z > 1, z in between; the derivative is 1 in between, 0 elsewhere."""
+    return np.clip(z, 0, 1), (z > 0) & (z < 1)
 
 
-def clip_derivative(a):
-    """clip'(z) in terms of a = clip(z): 1 where 0 < a < 1, 0 elsewhere."""
-    return (a > 0) & (a < 1)
-
-
-Layer = namedtuple("Layer", ["inputs", "outputs", "activation", "derivative"])
+Layer = namedtuple("Layer", ["inputs", "outputs", "activation"])
 LAYERS = (
-    Layer(784, 512, elu, elu_derivative),
-    Layer(512, 256, elu, elu_derivative),
-    Layer(256, 128, linear, linear_derivative),  # the output is the latent code
-    Layer(128, 256, elu, elu_derivative),
-    Layer(256, 512, elu, elu_derivative),
-    Layer(512, 784, clip, clip_derivative),  # reaches 0 and 1, unlike a sigmoid
+    Layer(784, 512, elu),
+    Layer(512, 256, elu),
+    Layer(256, 128, linear),  # the output is the latent code
+    Layer(128, 256, elu),
+    Layer(256, 512, elu),
+    Layer(512, 784, clip),  # reaches 0 and 1, unlike a sigmoid
 )
+
+
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """Convert uint8 images to float32 pixels in [0, 1]."""
+    return np.divide(images, 255, dtype=np.float32)
 
 
 class Autoencoder:
@@ -138,17 +129,11 @@ class Autoencoder:
     the mean image. Random weights would clip many outputs from the start. In the first step, zero
     weights pass no gradient back to the other layers; after it, most of these weights are not 0.
 
-    `mean_image` is the mean of the training images, shape (784,), in [0, 1]. To check gradients,
-    `layers` can be smaller and `dtype` float64. The vector `parameters` holds all weights and
-    biases, and a_(code_index) is the code. Layers that do not fit together raise ValueError.
+    `mean_image` is the mean of the training images, shape (784,), in [0, 1]. The vector
+    `parameters` holds all weights and biases, and a_(code_index) is the code.
     """
 
     def __init__(self, mean_image, seed=0, layers=LAYERS, dtype=np.float32):
-        # Compare each layer with the next, and the last with the first.
-        for layer, following in zip(layers, (*layers[1:], layers[0]), strict=True):
-            if layer.outputs != following.inputs:
-                fault = f"{layer.outputs} outputs meet {following.inputs} inputs"
-                raise ValueError(f"the layers do not fit together: {fault}")
         self.mean_image = np.asarray(mean_image, dtype)
         self.layers = layers
         hidden_sizes = [layer.outputs for layer in layers[:-1]]
@@ -168,34 +153,36 @@ class Autoencoder:
         """
         weights = []
         biases = []
-        start = 0
         for layer in self.layers:
-            middle = start + layer.inputs * layer.outputs
-            end = middle + layer.outputs
-            weights.append(vector[start:middle].reshape(layer.inputs, layer.outputs))
-            biases.append(vector[middle:end])
-            start = end
+            count = layer.inputs * layer.outputs
+            w, b, vector = np.split(vector, [count, count + layer.outputs])
+            weights.append(w.reshape(layer.inputs, layer.outputs))
+            biases.append(b)
         return weights, biases
 
-    def forward(self, images: np.ndarray) -> list[np.ndarray]:
-        """The activations a_0 ... a_6 for images (n, 784) with pixels in [0, 1]."""
+    def forward(self, images: np.ndarray) -> tuple[list[np.ndarray], list]:
+        """The activations a_0 ... a_6 and the derivatives f_0'(z_1) ... f_5'(z_6) for images x."""
         return self.apply_layers(images - self.mean_image, range(len(self.layers)))
 
-    def apply_layers(self, a: np.ndarray, chosen: range) -> list[np.ndarray]:
-        """The input a of the first chosen layer, then the output of each chosen layer."""
+    def apply_layers(self, a: np.ndarray, chosen: range) -> tuple[list[np.ndarray], list]:
+        """Activations, from the input a of the first chosen layer on, and derivatives."""
         weights, biases = self.split(self.parameters)
         activations = [a]
+        derivatives = []
         for k in chosen:
-            z = activations[-1] @ weights[k] + biases[k]
-            activations.append(self.layers[k].activation(z))
-        return activations
+            z = activations[-1] @ weights[k]
+            z += biases[k]
+            a, derivative = self.layers[k].activation(z)
+            activations.append(a)
+            derivatives.append(derivative)
+        return activations, derivatives
 
-    def backward(self, activations: list[np.ndarray], images: np.ndarray) -> np.ndarray:
+    def backward(self, activations: list, derivatives: list, difference: np.ndarray) -> np.ndarray:
         """The gradient of the loss with respect to `parameters`, as a vector of the same layout.
 
-        `activations` is the result of forward(images), and x is `images`. Write da_k for
-        dloss/da_k, dz_k for dloss/dz_k and * for the elementwise product. The chain rule gives
-        da_6 and then, for k = 5 ... 0, the other derivatives:
+        `activations` and `derivatives` are the results of forward, and `difference` is a_6 - x.
+        Write da_k for dloss/da_k, dz_k for dloss/dz_k and * for the elementwise product. The chain
+        rule gives da_6 and then, for k = 5 ... 0, the other derivatives:
 
             da_6       = 2 (a_6 - x) / (784 n)
             dz_(k+1)   = da_(k+1) * f_k'(z_(k+1))
@@ -206,73 +193,74 @@ class Autoencoder:
         weights, _ = self.split(self.parameters)
         gradient = np.empty_like(self.parameters)
         weight_gradients, bias_gradients = self.split(gradient)  # views, filled below
-        da = 2 / images.size * (activations[-1] - images)
+        da = 2 / difference.size * difference
         for k in reversed(range(len(self.layers))):
-            dz = da * self.layers[k].derivative(activations[k + 1])
+            dz = da * derivatives[k]
             np.matmul(activations[k].T, dz, out=weight_gradients[k])
             np.sum(dz, axis=0, out=bias_gradients[k])
             if k > 0:  # da_0 is not needed.
                 da = dz @ weights[k].T
         return gradient
 
-    def encode(self, images: np.ndarray) -> np.ndarray:
-        """The latent codes (n, 128) of images (n, 784) or (n, 28, 28), for use after training.
-
-        Pixels are of dtype uint8 or lie in [0, 1]. Raises ValueError for other images.
-        """
+    def encode(self, images) -> np.ndarray:
+        """The codes (n, 128) of images that are uint8 or in [0, 1]; ValueError for others."""
+        x = np.asarray(images)
         size = self.mean_image.size
-        x = images / 255 if images.dtype == np.uint8 else images
-        if np.prod(x.shape[1:]) != size or not ((x >= 0) & (x <= 1)).all():
-            raise ValueError(f"not {size} pixels, uint8 or in [0, 1]: {x.dtype} of shape {x.shape}")
-        return self.forward(x.reshape(-1, size).astype(self.mean_image.dtype))[self.code_index]
+        if x.size != size and np.prod(x.shape[1:]) != size:
+            raise ValueError(f"images of {size} pixels are needed, not an array of shape {x.shape}")
+        if x.dtype == np.uint8:
+            x = to_pixels(x)
+        low = x.min(initial=0)
+        high = x.max(initial=1)
+        if not (low == 0 and high == 1):  # or if there are NaN
+            advice = "divide by 255" if high > 10 else "clip to [0, 1], and replace NaN"
+            raise ValueError(f"pixels from {low:g} to {high:g} instead of 0 to 1: {advice}")
+        x = x.reshape(-1, size).astype(self.mean_image.dtype)
+        parts = np.array_split(x, len(x) // 1000 + 1)  # as all layers of all images need gigabytes
+        return np.concatenate([self.forward(part)[0][self.code_index] for part in parts])
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
+    def decode(self, codes) -> np.ndarray:
         """The images (n, 784), pixels in [0, 1], decoded from latent codes (n, 128)."""
-        return self.apply_layers(codes, range(self.code_index, len(self.layers)))[-1]
+        a = np.atleast_2d(np.asarray(codes, self.mean_image.dtype))
+        return self.apply_layers(a, range(self.code_index, len(self.layers)))[0][-1]
 
 
 # What the rest of the script needs to know about LAYERS.
-if len(LAYERS) < 2:
-    sys.exit(f"error: LAYERS in {__file__} has no hidden layer, whose output would be the code")
-IMAGE_SIZE = LAYERS[0].inputs
-CODE_SIZE = min(layer.outputs for layer in LAYERS[:-1])
-SIZES = "-".join(str(size) for size in (IMAGE_SIZE, *(layer.outputs for layer in LAYERS)))
+INPUTS = [layer.inputs for layer in LAYERS]
+OUTPUTS = [layer.outputs for layer in LAYERS]
+if len(LAYERS) < 2 or [*INPUTS[1:], INPUTS[0]] != OUTPUTS:
+    fault = f"no hidden layer, or outputs {OUTPUTS} that do not fit the inputs {INPUTS}"
+    sys.exit(f"error: LAYERS in {__file__} have {fault}")
+IMAGE_SIZE = INPUTS[0]
+CODE_SIZE = min(OUTPUTS[:-1])
+SIZES = "-".join(str(size) for size in (IMAGE_SIZE, *OUTPUTS))
 ACTIVATIONS = " ".join(layer.activation.__name__ for layer in LAYERS)
 NETWORK = f"{SIZES}, {ACTIVATIONS}"
 
 
 # --------------------------------------------------------------------------------------- training
-def to_pixels(images: np.ndarray) -> np.ndarray:
-    """Convert uint8 images to float32 pixels in [0, 1]."""
-    return np.divide(images, 255, dtype=np.float32)
-
-
-def mean_squared_error(outputs: np.ndarray, images: np.ndarray) -> float:
-    """The mean of (outputs - images)^2 over all images and pixels."""
-    return float(np.mean(np.square(outputs - images)))
+def reconstruction_loss(model: Autoencoder, images: np.ndarray) -> float:
+    """The mean squared error of the reconstructions of uint8 images (n, 784)."""
+    square_sum = 0.0
+    for part in np.array_split(images, len(images) // 1000 + 1):  # to need little memory
+        pixels = to_pixels(part)
+        difference = model.forward(pixels)[0][-1] - pixels
+        square_sum += float(np.sum(np.square(difference)))
+    return square_sum / images.size
 
 
 def default_learning_rate(batch_size: int) -> float:
-    """The default peak learning rate for a batch size.
-
-    It is proportional to the batch size (Goyal et al. 2017, arxiv.org/abs/1706.02677), but beyond
-    256 only to its square root, because it would otherwise become too large.
-    """
-    ratio = batch_size / 256  # for which Settings.learning_rate was chosen
+    """The default peak learning rate for a batch size (Goyal et al., arxiv.org/abs/1706.02677)."""
+    ratio = batch_size / 256  # Settings.learning_rate is for 256 images.
+    # Proportional up to 256 images, then to the square root, or it would become too large.
     return Settings.learning_rate * min(ratio, ratio**0.5)
 
 
 def scheduled_learning_rate(step: int, total_steps: int, settings: Settings) -> float:
     """The learning rate of a step. Steps are numbered from 0 to total_steps - 1."""
-    # The factor is 1 until the fraction decay_start of the run is over, and then falls linearly
-    # to 0. If decay_start is 1, it never falls.
+    # The factor is 1 until the fraction decay_start of the run is over, and then falls to 0.
     remaining = (total_steps - step) / total_steps
     return settings.learning_rate * min(1, remaining / max(1 - settings.decay_start, 1e-9))
-
-
-# An update passes several times over parameters, velocity and gradient, 4.5 MB each. Blocks of
-# 256 KB stay in the processor's cache between passes, which makes a training step 10% faster.
-BLOCK_SIZE = 65_536  # float32 values
 
 
 def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Settings):
@@ -283,35 +271,27 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
         v          <- momentum * (v + g)
         parameters <- parameters - learning_rate * (g + v)
 
-    Nesterov momentum moves a point p to p' = p - learning_rate * (v + g), where g is the gradient
-    at the look-ahead point q = p - learning_rate * v (Sutskever et al. 2013,
-    proceedings.mlr.press/v28/sutskever13.html; -learning_rate * v here is momentum * v there).
-    `parameters` stores q, not p. With v' = momentum * (v + g), the next look-ahead point is
-    q' = p' - learning_rate * v'. Inserting p' and p = q + learning_rate * v gives
-    q' = q - learning_rate * (g + v'), the last line above, where v is already v'. This is exact at
-    a constant learning rate. Without gradient clipping, a step equals one of torch.optim.SGD with
-    nesterov=True.
+    Nesterov momentum evaluates the gradient at a look-ahead point, where the velocity alone would
+    take the parameters (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). That
+    point is what `parameters` stores, so each step undoes the last look-ahead and adds the next
+    one. Without clipping, a step equals one of torch.optim.SGD with nesterov=True.
     """
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:
         gradient *= settings.max_gradient_norm / norm
-    for start in range(0, len(parameters), BLOCK_SIZE):
-        block = slice(start, start + BLOCK_SIZE)
-        g = gradient[block]
-        v = velocity[block]
-        g += decay * parameters[block]
-        v += g
-        v *= settings.momentum
-        g += v
-        g *= learning_rate
-        parameters[block] -= g
+    gradient += decay * parameters
+    velocity += gradient
+    velocity *= settings.momentum
+    gradient += velocity
+    gradient *= learning_rate
+    parameters -= gradient
 
 
 def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Settings) -> float:
     """Train for one epoch, numbered from 1 to settings.epochs, on uint8 images (n, 784).
 
-    model.parameters and velocity, a vector of the same layout, are updated in place. Returns the
-    training loss averaged over the epoch, each mini-batch measured before its step.
+    Updates model.parameters and velocity, a vector of the same layout. Returns the training loss
+    averaged over the epoch, each mini-batch measured before its step.
     """
     batch_starts = range(0, len(images), settings.batch_size)
     total_steps = settings.epochs * len(batch_starts)
@@ -319,16 +299,17 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
     # A generator for each epoch, so that a resumed run shuffles like one never interrupted.
     order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
     decay = settings.weight_decay / len(images)  # More images need less.
-    loss_sum = 0.0
+    square_sum = 0.0
     for step, batch_start in enumerate(batch_starts, first_step):
         chosen = order[batch_start : batch_start + settings.batch_size]
         batch = to_pixels(images[chosen])
-        activations = model.forward(batch)
-        loss_sum += mean_squared_error(activations[-1], batch) * len(batch)
-        gradient = model.backward(activations, batch)
+        activations, derivatives = model.forward(batch)
+        difference = activations[-1] - batch
+        square_sum += float(np.sum(np.square(difference)))
+        gradient = model.backward(activations, derivatives, difference)
         learning_rate = scheduled_learning_rate(step, total_steps, settings)
         sgd_step(model.parameters, velocity, gradient, learning_rate, decay, settings)
-    return loss_sum / len(images)
+    return square_sum / images.size
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -338,19 +319,21 @@ class InputError(Exception):
 
 @dataclass
 class Dataset:
-    """Training and test images, as uint8 arrays."""
+    """Training and test images with their labels, as uint8 arrays."""
 
     name: str
     description: str  # the name, the numbers of images and a checksum
     images: np.ndarray  # the training images, shape (n, 784)
+    labels: np.ndarray  # shape (n,)
     test_images: np.ndarray  # shape (m, 784)
     test_labels: np.ndarray  # shape (m,)
     image_shape: tuple[int, int]  # height and width
 
 
+SAMPLE = "a sample of MNIST"
 SAMPLE_DIR = Path(__file__).resolve().parent / "data" / "sample"
 # The names of data sets by checksum. Any other data set is named after its directory.
-NAMES = {"06b0d1f124c4e5fa": "MNIST", "8a7adbe9b5c3bf45": "a sample of MNIST"}
+NAMES = {"06b0d1f124c4e5fa": "MNIST", "8a7adbe9b5c3bf45": SAMPLE}
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 FILES += ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 SERVER_TIMEOUT = 30  # seconds until a server that does not answer is given up
@@ -361,89 +344,85 @@ def explain(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a temporary file, then rename it, so that `path` is never half-written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.mnist_autoencoder")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        # The error may name the temporary file or no file at all; name `path` instead.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` write a temporary file, then rename it, so that `path` is never half-written."""
+    temporary = path.with_name(f".part.{path.name}")
+    write(temporary)
+    os.replace(temporary, path)
 
 
-def import_mnist() -> type:
-    """torchvision's class for MNIST. Raises ImportError if the import fails for any reason."""
+def read_dataset(mnist, folder: Path) -> Dataset:
+    """Read the four files in `folder`, or their archives. Raises many types of exception."""
+    arrays = []
+    for name in FILES:
+        path = folder / name
+        if not path.exists():
+            content = gzip.decompress(path.with_name(f"{name}.gz").read_bytes())
+            write_atomically(path, partial(Path.write_bytes, data=content))
+        # A file begins with 2048 plus the number of its dimensions, whose sizes follow.
+        header = [*np.fromfile(path, ">i4", 5).tolist(), 0]
+        shape = tuple(header[1 : header[0] - 2047])
+        if "images" in name:
+            fits = len(shape) == 3 and shape[0] > 1 and shape[1] * shape[2] == IMAGE_SIZE
+        else:
+            fits = shape == (len(arrays[-1]),)
+        size = path.stat().st_size
+        if not fits or size != 4 + 4 * len(shape) + np.prod(shape):
+            needed = f"two or more grey images of {IMAGE_SIZE} pixels (see LAYERS) and their labels"
+            raise ValueError(f"{name} has the shape {shape} and {size} bytes; needed are {needed}")
+        # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
+        arrays.append(np.from_dlpack(mnist.read_sn3_pascalvincent_tensor(path)))
+    checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
+    own_names = [part for part in folder.resolve().parts if part not in ("MNIST", "raw")]
+    name = NAMES.get(checksum, own_names[-1])
+    images, labels, test_images, test_labels = arrays
+    facts = f"{name}, {len(images)} training and {len(test_images)} test images, sha256 {checksum}"
+    rows = [array.reshape(len(array), IMAGE_SIZE) for array in (images, test_images)]
+    return Dataset(name, facts, rows[0], labels, rows[1], test_labels, images.shape[1:])
+
+
+def load_data(choice: str = "auto", data_dir: str | Path | None = None) -> Dataset:
+    """The data set for --dataset and --data-dir. Raises InputError or ImportError.
+
+    If a download fails, "auto" falls back to the sample, unless --data-dir was given.
+    """
     try:
-        from torchvision import datasets  # here, because PyTorch takes seconds to import
+        from torchvision.datasets import mnist  # here, because PyTorch takes seconds to import
     except Exception as error:  # RuntimeError, for example, if it was built for another PyTorch
         raise ImportError(f"torchvision cannot be used; reinstall it: {explain(error)}") from error
-
-    class MNIST(datasets.MNIST):  # torchvision names the files' folder after the class.
-        def _check_legacy_exist(self):
-            return False  # Otherwise, torchvision would read files of its old versions.
-
-    return MNIST
-
-
-def read_dataset(mnist_class: type, root: Path, download: bool) -> Dataset:
-    """Read the files in root/MNIST/raw, or download them first. Raises many types of exception."""
-    for archive in (root / "MNIST" / "raw").glob("*.gz"):
-        file = archive.with_suffix("")
-        if not (download or file.exists()):  # torchvision unpacks only if download is True.
-            write_atomically(file, gzip.decompress(archive.read_bytes()))
-    parts = [mnist_class(root, train=train, download=download) for train in (True, False)]
-    # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
-    images, test_images = [np.from_dlpack(part.data) for part in parts]
-    labels, test_labels = [np.from_dlpack(part.targets).astype(np.uint8) for part in parts]
-    for x, y in ((images, labels), (test_images, test_labels)):
-        if len(x) < 2 or len(x) != len(y) or x[0].size != IMAGE_SIZE:
-            needed = f"2 or more images of {IMAGE_SIZE} pixels (see LAYERS) with labels are needed"
-            raise ValueError(f"{needed}; found images {x.shape} and labels {y.shape}")
-    content = b"".join([images, labels, test_images, test_labels])  # the bytes of these arrays
-    checksum = hashlib.sha256(content).hexdigest()[:16]
-    name = NAMES.get(checksum, root.resolve().name)
-    facts = f"{name}, {len(images)} training and {len(test_images)} test images, sha256 {checksum}"
-    rows = images.reshape(-1, IMAGE_SIZE)
-    test_rows = test_images.reshape(-1, IMAGE_SIZE)
-    return Dataset(name, facts, rows, test_rows, test_labels, images.shape[1:])
-
-
-def load_data(choice: str, data_dir: Path | None) -> Dataset:
-    """The data set for --dataset ("auto", "mnist" or "sample") and --data-dir (None if not given).
-
-    If a download fails, "auto" falls back to the sample, unless --data-dir was given or the default
-    directory already held files of a data set. Raises InputError or ImportError.
-    """
-    mnist_class = import_mnist()
     root = SAMPLE_DIR if choice == "sample" else Path(os.path.expanduser(data_dir or "data"))
-    raw = root / "MNIST" / "raw"
-    # Files in root/FashionMNIST/raw count, too, and those in root, if root is itself MNIST or raw.
-    no_files = not any([*root.glob("*/raw/*"), *root.glob("*/*ubyte*"), *root.glob("*ubyte*")])
-    complete = all(any(raw.glob(f"{name}*")) for name in FILES)  # perhaps as .gz
-    # A download may complete the default directory; one that the user has named must have none.
-    download = choice != "sample" and not complete and (no_files or not data_dir)
-    if download:
-        print(f"downloading MNIST to {raw}", file=sys.stderr)
-        socket.setdefaulttimeout(SERVER_TIMEOUT)
+    if data_dir and not root.is_dir():
+        raise InputError(f"there is no directory {root}: correct --data-dir")
+    # Any folder with files named like MNIST's counts, so that MNIST never takes their place.
+    places = [root, *root.glob("*"), *root.glob("*/raw")]
+    folders = sorted({file.parent for place in places for file in place.glob("*ubyte*")})
+    if len(folders) > 1:
+        both = f"{folders[0]} and {folders[1]} hold such files"
+        raise InputError(f"{both}: give the one with the wanted data as --data-dir")
+    folder = folders[0] if folders else root / "MNIST" / "raw"
+    download = choice != "sample" and not folders
     try:
-        return read_dataset(mnist_class, root, download)
+        if download:
+            print(f"downloading MNIST to {folder}", file=sys.stderr)
+            socket.setdefaulttimeout(SERVER_TIMEOUT)
+            unfinished = root / "MNIST" / "download"  # where no data are looked for
+            mnist.MNIST(unfinished, download=True)
+            os.renames(unfinished / "MNIST" / "raw", folder)
+        return read_dataset(mnist, folder)
     except Exception as error:
-        problem = f"no usable data in {raw} ({explain(error)})"
-        if no_files and choice == "auto" and not data_dir:
+        problem = f"no usable data in {folder} ({explain(error)})"
+        if download and choice == "auto" and not data_dir:
             print(f"warning: {problem}; using a sample of 5,000 images", file=sys.stderr)
-            return load_data("sample", None)
+            return load_data("sample")
         files = ", ".join(FILES)
-        advice = "" if choice == "sample" else "; or use an empty --data-dir or --dataset sample"
-        raise InputError(f"{problem}: it needs {files}, as they are or as .gz{advice}") from error
+        advice = f"put {files} there, as they are or as .gz, or use --dataset sample"
+        raise InputError(f"{problem}: {advice}") from error
 
 
 # -------------------------------------------------------------------------------------------- run
 PLOTS = ("loss_curve.png", "latent_space.png", "reconstructions.png")
-# The test loss of the mean training image, that of PCA, and the fitted PCA.
-Baselines = namedtuple("Baselines", ["mean_image_loss", "pca_loss", "pca"])
+# The test loss of the mean training image, that of PCA, the fitted PCA and its name.
+Baselines = namedtuple("Baselines", ["mean_image_loss", "pca_loss", "pca", "pca_name"])
 
 
 def compute_baselines(dataset: Dataset) -> Baselines:
@@ -451,8 +430,9 @@ def compute_baselines(dataset: Dataset) -> Baselines:
     components = min(CODE_SIZE, IMAGE_SIZE, len(dataset.images))
     pca = PCA(components, svd_solver="covariance_eigh").fit(to_pixels(dataset.images))
     pixels = to_pixels(dataset.test_images)
-    pca_loss = mean_squared_error(pca.inverse_transform(pca.transform(pixels)), pixels)
-    return Baselines(mean_squared_error(pca.mean_, pixels), pca_loss, pca)
+    pca_loss = np.mean(np.square(pca.inverse_transform(pca.transform(pixels)) - pixels))
+    mean_image_loss = np.mean(np.square(pca.mean_ - pixels))
+    return Baselines(mean_image_loss, pca_loss, pca, f"PCA with {components} components")
 
 
 @dataclass
@@ -465,23 +445,14 @@ class Run:
     log: str  # the whole log; training_log.txt may lag behind it if the run is killed
 
 
-def log_header(description: str, settings: Settings) -> str:
-    """The first lines of a log. To be resumed, a run must have begun with the same header."""
-    facts = {"network": NETWORK, "data": description, **asdict(settings)}
-    return "".join(f"# {name}: {value}\n" for name, value in facts.items())
-
-
-def new_run(dataset: Dataset, settings: Settings, baselines: Baselines) -> Run:
-    """A run before its first epoch. Raises InputError if the rows of LAYERS do not fit together."""
-    try:
-        model = Autoencoder(dataset.images.mean(axis=0) / 255, settings.seed)
-    except ValueError as error:
-        raise InputError(f"{error}: edit LAYERS in {__file__}") from error
-    log = log_header(dataset.description, settings)
-    log += f"# Test Loss of the mean image: {baselines.mean_image_loss:.6f}\n"
-    size = baselines.pca.n_components_
-    log += f"# Test Loss of PCA with {size} components: {baselines.pca_loss:.6f}\n"
-    return Run(model, velocity=np.zeros_like(model.parameters), losses=[], log=log)
+def describe_libraries() -> str:
+    """What affects floating-point rounding: versions, BLAS libraries, their kernels and threads."""
+    facts = [f"Python {platform.python_version()}, NumPy {np.__version__}"]
+    for pool in threadpool_info():
+        if pool["user_api"] == "blas":
+            kernels = f"{pool['version']} {pool.get('architecture', '')} x {pool['num_threads']}"
+            facts.append(f"{pool['internal_api']} {kernels}")
+    return ", ".join(facts)
 
 
 def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
@@ -489,83 +460,90 @@ def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
 
     To use a trained network: load_run("model.npz").model.encode(images).
     """
-    advice = "run without --resume to start a new run"
+    advice = "a run without --resume writes this file after every epoch"
     try:
         with np.load(path) as file:
             log = str(file["log"])
             for found, expected in zip(log.splitlines(), header.splitlines(), strict=False):
                 if found != expected:
+                    advice = "all settings must stay, as the learning rate follows the epochs; "
+                    advice += "keep this run, and use another --output-dir for a new one"
                     raise ValueError(f"its log says {found!r} instead of {expected!r}")
             model = Autoencoder(file["mean_image"])
-            velocity = np.zeros_like(model.parameters)
             model.parameters[:] = file["parameters"]
-            velocity[:] = file["velocity"]
-            return Run(model, velocity, file["losses"].tolist(), log)
+            return Run(model, file["velocity"], file["losses"].tolist(), log)
     except Exception as error:  # NumPy and zipfile raise many types of exception.
         raise InputError(f"{path} cannot be used ({explain(error)}): {advice}") from error
 
 
-def prepare_output(output: Path, log: str) -> None:
-    """Write the log so far; remove the plots and temporary files of earlier runs in `output`."""
-    plots = output / "plots"
+def start_run(resume: bool, dataset, settings, baselines: Baselines, output: Path) -> Run:
+    """A new run, or the one in `output`, which is prepared for saving it. Raises InputError."""
+    facts = {"network": NETWORK, "data": dataset.description, **asdict(settings)}
+    header = "".join(f"# {name}: {value}\n" for name, value in facts.items())
+    path = output / "model.npz"
+    if resume:
+        run = load_run(path, header)
+    else:
+        model = Autoencoder(dataset.images.mean(axis=0) / 255, settings.seed)
+        log = f"{header}# Test Loss of the mean image: {baselines.mean_image_loss:.6f}\n"
+        log += f"# Test Loss of {baselines.pca_name}: {baselines.pca_loss:.6f}\n"
+        run = Run(model, np.zeros_like(model.parameters), losses=[], log=log)
+        with contextlib.suppress(Exception), np.load(path) as file:  # if there is one
+            ways = "--resume or another" if str(file["log"]).startswith(header) else "another"
+            old = f"the run of {len(file['losses'])} epochs in {output.resolve()}"
+            note = f"note: the first new epoch will replace {old}; to keep it, use"
+            print(f"{note} {ways} --output-dir", file=sys.stderr)
     try:
-        plots.mkdir(parents=True, exist_ok=True)
-        leftovers = [*output.glob(".*.mnist_autoencoder"), *plots.glob(".*.mnist_autoencoder")]
-        for path in (*leftovers, *(plots / name for name in PLOTS)):
-            path.unlink(missing_ok=True)
-        write_atomically(output / "training_log.txt", log.encode())
+        (output / "plots").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{output} is not writable ({error}): use another --output-dir") from error
+        raise InputError(f"{explain(error)}: use another --output-dir") from error
+    if len(run.losses) < settings.epochs:
+        run.log += f"# From epoch {len(run.losses) + 1} on: {describe_libraries()}\n"
+    if resume:  # If the process was killed, training_log.txt may lack the last line.
+        (output / "training_log.txt").write_text(run.log)
+    return run
 
 
-def describe_libraries() -> str:
-    """What affects floating-point rounding: versions, BLAS libraries, their kernels and threads."""
-    facts = [f"Python {platform.python_version()}, NumPy {np.__version__}"]
-    for pool in threadpool_info():
-        if pool["user_api"] == "blas":
-            name = f"{pool['internal_api']} {pool['version']} {pool.get('architecture', '')}"
-            facts.append(f"{name} x {pool['num_threads']}")
-    return ", ".join(facts)
+def save_epoch(run: Run, losses: list[float], line: str, output: Path) -> None:
+    """Add an epoch's losses and its line of the log to `run`, and save `run` in `output`."""
+    all_losses = [*run.losses, losses]
+    log = f"{run.log}{line}\n"
+    arrays = {"mean_image": run.model.mean_image, "parameters": run.model.parameters}
+    arrays |= {"velocity": run.velocity, "losses": all_losses, "log": log}
+    # Until this line, all files are those of an earlier run. After it, --resume completes them.
+    write_atomically(output / "model.npz", partial(np.savez, **arrays))
+    run.losses = all_losses  # after saving, so that main never reports an epoch that is not saved
+    run.log = log
+    is_first = len(all_losses) == 1  # It replaces the log of an earlier run.
+    with open(output / "training_log.txt", "w" if is_first else "a") as file:
+        file.write(log if is_first else f"{line}\n")
+    for name in PLOTS:
+        (output / "plots" / name).unlink(missing_ok=True)
 
 
 def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
-    """Train for the remaining epochs, and save, log and print each of them.
-
-    Raises FloatingPointError if training diverges, or OSError.
-    """
-    test_pixels = to_pixels(dataset.test_images)
-    some_pixels = to_pixels(dataset.images[:: 1 + len(dataset.images) // 10_000])  # 10,000 or fewer
+    """Train for the remaining epochs; save, log and print each. Raises FloatingPointError."""
     # The untrained network outputs the mean image, unless LAYERS end with, say, a sigmoid.
     untrained = Autoencoder(run.model.mean_image, settings.seed)
-    untrained_loss = mean_squared_error(untrained.forward(some_pixels)[-1], some_pixels)
+    untrained_loss = reconstruction_loss(untrained, dataset.images)
     done = len(run.losses)
     remaining = range(done + 1, settings.epochs + 1)
     # disable=None shows the progress bar only in a terminal.
     for epoch in tqdm(remaining, initial=done, total=settings.epochs, unit="epoch", disable=None):
         start = time.perf_counter()
         loss = train_epoch(run.model, run.velocity, dataset.images, epoch, settings)
-        test_loss = mean_squared_error(run.model.forward(test_pixels)[-1], test_pixels)
+        test_loss = reconstruction_loss(run.model, dataset.test_images)
         seconds = time.perf_counter() - start
-        # 1% more is allowed, as some_pixels are not all images. Comparisons with NaN are false.
+        # 1% more is allowed for rounding. Comparisons with NaN are false.
         if not (loss <= 1.01 * untrained_loss and np.isfinite(test_loss)):
+            default = default_learning_rate(settings.batch_size)
+            advice = f"try an --lr below {settings.learning_rate:g} (default: {default:g})"
             problem = f"training diverged: training loss {loss:.4f} in epoch {epoch}"
-            raise FloatingPointError(f"{problem}; try an --lr below {settings.learning_rate:g}")
+            raise FloatingPointError(f"{problem}; {advice}")
         line = f"Epoch {epoch}, Loss: {loss:.6f}, Test Loss: {test_loss:.6f}, Time: {seconds:.1f}s"
-        losses = [*run.losses, [loss, test_loss]]
-        log = f"{run.log}{line}\n"
-        arrays = {"mean_image": run.model.mean_image, "parameters": run.model.parameters}
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays, velocity=run.velocity, losses=losses, log=log)
-        write_atomically(output / "model.npz", buffer.getvalue())
-        run.losses = losses  # after saving, so that main never reports an epoch that is not saved
-        run.log = log
-        with open(output / "training_log.txt", "a") as file:
-            file.write(f"{line}\n")
+        save_epoch(run, [loss, test_loss], line, output)
         with tqdm.external_write_mode():  # above the progress bar
             print(line, flush=True)
-    if run.losses[-1][1] > mean_squared_error(run.model.mean_image, test_pixels) / 2:
-        advice = "try more epochs or images, a larger code or another --lr"
-        print(f"warning: the test loss is above half the mean image's; {advice}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------ plots
@@ -573,56 +551,66 @@ def plot_losses(losses, baselines: Baselines, name: str, settings: Settings) -> 
     """Training and test loss per epoch, with PCA's test loss as a line."""
     training, test = np.transpose(losses)
     epochs = range(1, len(losses) + 1)
-    marker = "o" if len(losses) < 20 else ""
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6, 4.5), dpi=200, layout="constrained")
     axes = figure.subplots()
-    axes.plot(epochs, training, f"C0{marker}-", label=f"training (epoch mean): {training[-1]:.5f}")
-    axes.plot(epochs, test, f"C1{marker}--", label=f"test: {test[-1]:.5f}")
+    axes.plot(epochs, training, "C0.-", label=f"training (epoch mean): {training[-1]:.5f}")
+    axes.plot(epochs, test, "C1.--", label=f"test: {test[-1]:.5f}")
     axes.axhline(baselines.pca_loss, c="k", ls=":", label=f"PCA, test: {baselines.pca_loss:.5f}")
-    fall_start = settings.decay_start * len(losses)
-    if fall_start < len(losses):
-        axes.axvline(fall_start, c="gray", lw=0.8, label="the learning rate begins to fall")
-    axes.set_title(f"Loss on {name} (mean image: {baselines.mean_image_loss:.4f})")
-    axes.set(xlabel="epoch", ylabel="mean squared error", yscale="log")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(10, integer=True, min_n_ticks=1))
+    fall = settings.decay_start * len(losses)
+    if settings.decay_start < 1:
+        axes.axvline(fall, c="gray", lw=0.8, label=f"learning rate falls from epoch {fall:g} on")
+    axes.set(title=f"Loss on {name}", xlabel="epoch", ylabel="mean squared error", yscale="log")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.4)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    axes.legend()
     return figure
 
 
-def plot_latent_space(codes: np.ndarray, dataset: Dataset) -> Figure:
-    """The first two principal components of the latent codes (m, 128) of the test images."""
-    pca = PCA(2, svd_solver="full")
-    # A column of zeros is added, so that PCA(2) works for codes of one number, too.
-    points = pca.fit_transform(np.pad(codes, [(0, 0), (0, 1)]))
-    first, second = pca.explained_variance_ratio_
-    figure = Figure(figsize=(8, 7), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    shown = f"{min(2, CODE_SIZE)} of {CODE_SIZE} principal components"
-    axes.set_title(f"Latent codes of the test images of {dataset.name}:\n{shown}")
-    axes.set_xlabel(f"first principal component ({first:.1%} of the variance)")
-    axes.set_ylabel(f"second principal component ({second:.1%} of the variance)")
-    axes.set_aspect("equal", adjustable="datalim")
+def plot_latent_space(model: Autoencoder, dataset: Dataset) -> Figure:
+    """The codes of the test images in a plane, and the images that its points are decoded to."""
+    codes = model.encode(dataset.test_images)
+    if CODE_SIZE > 2:
+        pca = PCA(2, svd_solver="full").fit(codes)
+        origin = pca.mean_
+        axes = pca.components_
+        first, second = [f"{share:.1%} of the variance" for share in pca.explained_variance_ratio_]
+        labels = [f"first principal component ({first})", f"second principal component ({second})"]
+    else:
+        origin = np.zeros(CODE_SIZE)
+        axes = np.eye(2, CODE_SIZE)
+        labels = [*["first number of the code", "second number of the code"][:CODE_SIZE], ""]
+    points = (codes - origin) @ axes.T
+    # A square around all points, and the centres of 15 x 15 cells in it.
+    middle = (points.min(axis=0) + points.max(axis=0)) / 2
+    reach = np.ptp(points, axis=0).max() / 2 or 1
+    steps = (np.arange(15) - 7) / 7.5 * reach
+    x, y = np.meshgrid(middle[0] + steps, middle[1] - steps)
+    images = model.decode(origin + np.column_stack([x.ravel(), y.ravel()]) @ axes)
+    picture = np.block([[*row] for row in images.reshape(15, 15, *dataset.image_shape)])
+    figure = Figure(figsize=(12, 6.4), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    left.set(title=f"Codes of the test images of {dataset.name}", ylabel=labels[1], aspect="equal")
+    right.set(title="Images decoded from the points of this plane")
+    figure.supxlabel(labels[0], size="medium")
     order = np.random.default_rng(0).permutation(len(points))  # so that no digit hides another
-    colors = [f"C{label}" for label in dataset.test_labels[order]]
-    axes.scatter(*points[order].T, s=5, c=colors, alpha=0.6, linewidths=0)
-    # Ten colours are hard to tell apart, so each label stands at the median of its points.
-    for label in np.unique(dataset.test_labels):
-        x, y = np.median(points[dataset.test_labels == label], axis=0)
-        box = {"boxstyle": "round", "facecolor": "white", "edgecolor": f"C{label}"}
-        axes.text(x, y, str(label), ha="center", va="center", bbox=box)
+    digits = dataset.test_labels[order]
+    dots = left.scatter(*points[order].T, s=5, c=digits, cmap="tab10", alpha=0.7, linewidths=0)
+    handles, names = dots.legend_elements(num=None, fmt="{x:.0f}", markersize=8)
+    figure.legend(handles, names, loc="outside upper center", ncols=10, frameon=False)
+    edges = (middle[0] - reach, middle[0] + reach, middle[1] - reach, middle[1] + reach)
+    right.imshow(picture, "gray", vmin=0, vmax=1, extent=edges)
     return figure
 
 
-def plot_reconstructions(dataset: Dataset, outputs: np.ndarray, pca: PCA) -> Figure:
-    """The first image of each label, reconstructed. `outputs` are those of all test images."""
+def plot_reconstructions(model: Autoencoder, dataset: Dataset, pca: PCA) -> Figure:
+    """The first test image of each label, and its reconstructions by the network and by PCA."""
     _, first_places = np.unique(dataset.test_labels, return_index=True)
-    chosen = first_places[:10]
-    originals = to_pixels(dataset.test_images[chosen])
-    rows = {"original": originals, "autoencoder": outputs[chosen]}
+    chosen = dataset.test_images[first_places[:10]]
+    originals = to_pixels(chosen)
+    rows = {"original": originals, "autoencoder": model.decode(model.encode(chosen))}
     rows["error"] = rows["autoencoder"] - originals
     rows["PCA"] = pca.inverse_transform(pca.transform(originals))
     rows["PCA's error"] = rows["PCA"] - originals
@@ -643,18 +631,25 @@ def plot_reconstructions(dataset: Dataset, outputs: np.ndarray, pca: PCA) -> Fig
     return figure
 
 
-def draw_plots(run: Run, dataset: Dataset, baselines: Baselines, settings: Settings, output: Path):
-    """Draw the three plots and write them to output/plots. Raises OSError."""
-    activations = run.model.forward(to_pixels(dataset.test_images))
+def finish(run: Run, dataset: Dataset, baselines: Baselines, settings: Settings, output: Path):
+    """Draw the plots into output/plots; print what came out, and where it is. Raises OSError."""
+    print("drawing the plots", flush=True)
     # Ignore the user's matplotlibrc, and take a dollar sign in a directory's name as it is.
     with style.context(["default", {"text.parse_math": False}]):
         figures = [plot_losses(run.losses, baselines, dataset.name, settings)]
-        figures.append(plot_latent_space(activations[run.model.code_index], dataset))
-        figures.append(plot_reconstructions(dataset, activations[-1], baselines.pca))
+        figures.append(plot_latent_space(run.model, dataset))
+        figures.append(plot_reconstructions(run.model, dataset, baselines.pca))
         for name, figure in zip(PLOTS, figures, strict=True):
-            buffer = io.BytesIO()
-            figure.savefig(buffer)
-            write_atomically(output / "plots" / name, buffer.getvalue())
+            write_atomically(output / "plots" / name, figure.savefig)
+    print(f"training_log.txt, plots and model.npz are in {output.resolve()}")
+    loss = run.losses[-1][1]
+    print(f"test loss: {loss:.6f}; {baselines.pca_name}: {baselines.pca_loss:.6f}")
+    if loss > 0.9 * baselines.mean_image_loss:
+        default = default_learning_rate(settings.batch_size)
+        advice = f"try more epochs or images, or another --lr (default: {default:g})"
+        print(f"warning: the network has learned next to nothing; {advice}", file=sys.stderr)
+    if dataset.name == SAMPLE:
+        print("this was a sample of MNIST; its losses are not those of all of MNIST")
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -671,18 +666,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Exits with status 2 if it is invalid."""
     parser = argparse.ArgumentParser(usage="%(prog)s [options]", allow_abbrev=False)
     parser.description = "Train an autoencoder; write training_log.txt, plots/ and model.npz."
-
-    def add(flag, convert, default, meaning):
+    count = partial(number, int, 1, 100_000)
+    for flag, convert, default, meaning in (
+        ("--epochs", count, Settings.epochs, "number of epochs"),
+        ("--batch-size", count, Settings.batch_size, "images per mini-batch"),
+        ("--momentum", partial(number, float, 0, 0.99), Settings.momentum, "momentum coefficient"),
+        ("--seed", partial(number, int, 0, 2**32 - 1), Settings.seed, "seed of the random numbers"),
+        ("--output-dir", Path, Path(), "where to write to"),
+    ):
         text = f"{meaning} (default: {default})"
         # argparse converts, and so checks, a default only if it is a string.
         parser.add_argument(flag, type=convert, default=str(default), help=text)
-
-    count = partial(number, int, 1, 100_000)
-    add("--epochs", count, Settings.epochs, "number of epochs")
-    add("--batch-size", count, Settings.batch_size, "images per mini-batch")
-    add("--momentum", partial(number, float, 0, 0.99), Settings.momentum, "momentum coefficient")
-    add("--seed", partial(number, int, 0, 2**32 - 1), Settings.seed, "seed of the random numbers")
-    add("--output-dir", Path, Path(), "where to write to")
     default = f"{default_learning_rate(Settings.batch_size):g}, scaled with the batch size"
     text = f"peak learning rate (default: {default})"
     parser.add_argument("--lr", type=partial(number, float, 1e-6, 1000), help=text)
@@ -690,7 +684,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "auto (default): MNIST, or a sample of 5,000 images if it cannot be downloaded"
     parser.add_argument("--dataset", choices=("auto", "mnist", "sample"), default="auto", help=text)
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data_dir and args.dataset == "sample":
+        parser.error("--data-dir and --dataset sample exclude each other")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -710,27 +707,18 @@ def main(argv: list[str] | None = None) -> int:
         # Overflow needs no warning, because train checks the loss.
         with threadpool_limits(threads, "blas"), np.errstate(all="ignore"):
             baselines = compute_baselines(dataset)
-            if args.resume:
-                run = load_run(output / "model.npz", log_header(dataset.description, settings))
-            else:
-                run = new_run(dataset, settings, baselines)
-            if len(run.losses) < settings.epochs:
-                run.log += f"# From epoch {len(run.losses) + 1} on: {describe_libraries()}\n"
-            prepare_output(output, run.log)
+            run = start_run(args.resume, dataset, settings, baselines, output)
             print(run.log, end="", flush=True)
             train(run, dataset, settings, output)
-            draw_plots(run, dataset, baselines, settings, output)
+            finish(run, dataset, baselines, settings, output)
         return 0
     except KeyboardInterrupt:
         status = 130
-        message = "interrupted"
+        message = "interrupted before an epoch was saved"
         if run and run.losses:
-            message += f"; --resume continues after epoch {len(run.losses)}"
-    except InputError as error:
-        status = 2
-        message = f"error: {explain(error)}"
-    except (OSError, ImportError, MemoryError, FloatingPointError, UnicodeError) as error:
-        status = 1
+            message = f"interrupted; --resume continues after epoch {len(run.losses)}"
+    except (InputError, ImportError, OSError, MemoryError, ArithmeticError, UnicodeError) as error:
+        status = 2 if isinstance(error, InputError) else 1
         message = f"error: {explain(error)}"
     print(message, file=sys.stderr)
     return status

@@ -17,6 +17,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+try:
+    import resource  # on Linux and macOS
+except ModuleNotFoundError:
+    resource = None
+
 import numpy as np
 import torch
 from recipe import ROOT, print_head, print_machine, print_row, script, script_conditions
@@ -115,11 +120,13 @@ def script_step(images):
 
     def step(batch):
         pixels = script.to_pixels(batch)
-        activations = model.forward(pixels)
-        gradient = model.backward(activations, pixels)
+        activations, derivatives = model.forward(pixels)
+        difference = activations[-1] - pixels
+        loss = float(np.mean(np.square(difference)))
+        gradient = model.backward(activations, derivatives, difference)
         rate = SETTINGS.learning_rate
         script.sgd_step(model.parameters, velocity, gradient, rate, weight_decay, SETTINGS)
-        return script.mean_squared_error(activations[-1], pixels)
+        return loss
 
     return step
 
@@ -156,19 +163,36 @@ STEPS = {
 }
 
 
+def warm_up():
+    """Free a large array, as a run does with the test images of MNIST before it trains.
+
+    Freeing one of up to 32 MB makes glibc keep as much memory. Otherwise, it would return the
+    temporary arrays of every step to the system, and each step would begin with page faults.
+    """
+    script.to_pixels(np.zeros((10_000, script.IMAGE_SIZE), np.uint8))
+
+
+def page_faults():
+    """How many pages the system has given to this process, where it counts them."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
+
+
 def step_worker(name):
-    """Print the first losses, then answer every line with the seconds per step in a burst."""
+    """Print the first losses, then answer every line with a step's seconds and page faults."""
     images = script.load_data("sample", None).images
     size = SETTINGS.batch_size
     chosen = np.random.default_rng(0).permutation(images)[: len(images) // size * size]
     batches = chosen.reshape(-1, size, images.shape[1])
     step = STEPS[name](images)
+    warm_up()
     print(json.dumps([step(batch) for batch in batches[:3]]), flush=True)
     for _ in sys.stdin:
+        faults = page_faults()
         begin = time.perf_counter()
         for index in range(BURST):
             step(batches[index % len(batches)])
-        print((time.perf_counter() - begin) / BURST, flush=True)
+        seconds = time.perf_counter() - begin
+        print(json.dumps([seconds / BURST, (page_faults() - faults) / BURST]), flush=True)
 
 
 def compare_steps(_):
@@ -177,17 +201,19 @@ def compare_steps(_):
     for name in (EAGER, COMPILED):
         np.testing.assert_allclose(losses[name], losses[OURS], rtol=1e-3)
     seconds = {name: [] for name in STEPS}
+    faults = {name: [] for name in STEPS}
     for _ in range(ROUNDS + 1):
         for name, process in workers.items():
             process.stdin.write("go\n")
             process.stdin.flush()
-            seconds[name].append(float(process.stdout.readline()))
+            burst_seconds, burst_faults = json.loads(process.stdout.readline())
+            seconds[name].append(burst_seconds)
+            faults[name].append(burst_faults)
             time.sleep(0.1)  # BLAS threads spin for a while after a burst
-    print_head("a training step", "time")
-    print_row(OURS, "1")
-    for name in list(STEPS)[1:]:  # The first round is a warm-up.
+    print_head("a training step", "time", "page faults")
+    for name in STEPS:  # The first round is a warm-up.
         ratios = np.divide(seconds[name][1:], seconds[OURS][1:])
-        print_row(name, median_and_range(ratios))
+        print_row(name, median_and_range(ratios), f"{np.median(faults[name][1:]):.0f}")
     print_machine("torch", "scikit-learn")
 
 
@@ -195,15 +221,16 @@ def compare_steps(_):
 def growth_worker(data_dir, count):
     """Print the seconds of an epoch, and the MB by which it raises the peak of the memory."""
     dataset = script.load_data("mnist", Path(data_dir))
+    warm_up()
     images = np.resize(dataset.images, (int(count), 784))
-    test_pixels = script.to_pixels(dataset.test_images[:2])
+    test_images = dataset.test_images[:2]
     Path("/proc/self/clear_refs").write_text("5")  # count the peak anew
 
     def peak():
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
     before = peak()
-    ((_, _, seconds),) = script_epochs(images, test_pixels, replace(SETTINGS, epochs=1))
+    ((_, _, seconds),) = script_epochs(images, test_images, replace(SETTINGS, epochs=1))
     print(json.dumps([seconds, peak() - before]))
 
 
@@ -220,7 +247,7 @@ def growth(arguments):
 
 
 # The race. ---------------------------------------------------------------------------------------
-def script_epochs(images, test_pixels, settings):
+def script_epochs(images, test_images, settings):
     """Yield the training loss, the test loss and the seconds of training of every epoch."""
     model = script.Autoencoder(images.mean(axis=0) / 255, settings.seed)
     velocity = np.zeros_like(model.parameters)
@@ -228,21 +255,20 @@ def script_epochs(images, test_pixels, settings):
         begin = time.perf_counter()
         loss = script.train_epoch(model, velocity, images, epoch, settings)
         seconds = time.perf_counter() - begin
-        outputs = model.forward(test_pixels)[-1]
-        yield loss, script.mean_squared_error(outputs, test_pixels), seconds
+        yield loss, script.reconstruction_loss(model, test_images), seconds
 
 
-def rival_rate(recipe, step, total_steps, settings, warm_up):
+def rival_rate(recipe, step, total_steps, settings, adam_warm_up):
     """The learning rate of a step of a rival."""
     if recipe == COMMON:
         return settings.learning_rate
     rate = script.scheduled_learning_rate(step, total_steps, settings)
     if recipe == SAME:
         return rate
-    return rate * min(1, (step + 1) / (warm_up * total_steps))
+    return rate * min(1, (step + 1) / (adam_warm_up * total_steps))
 
 
-def rival_epochs(images, test_pixels, settings, recipe, warm_up):
+def rival_epochs(images, test_images, settings, recipe, adam_warm_up):
     """The same of SAME, COMMON or Adam, whose recipe is given as "rate/batch size"."""
     torch.set_flush_denormal(True)  # as subnormal numbers slow the common recipe down
     torch.manual_seed(settings.seed)
@@ -257,7 +283,7 @@ def rival_epochs(images, test_pixels, settings, recipe, warm_up):
         settings = replace(settings, learning_rate=float(rate), batch_size=int(size))
         optimizer = torch.optim.Adam(network.parameters(), settings.learning_rate, fused=True)
         step = torch_step(network, mean, optimizer)
-    x_test = torch.from_numpy(test_pixels)
+    x_test = torch.from_numpy(script.to_pixels(test_images))
     starts = range(0, len(images), settings.batch_size)
     total_steps = settings.epochs * len(starts)
     goes_on = recipe == COMMON and settings.epochs == FULL_RACE
@@ -269,7 +295,7 @@ def rival_epochs(images, test_pixels, settings, recipe, warm_up):
         order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
         loss_sum = 0.0
         for count, first in enumerate(starts, (epoch - 1) * len(starts)):
-            rate = rival_rate(recipe, count, total_steps, settings, warm_up)
+            rate = rival_rate(recipe, count, total_steps, settings, adam_warm_up)
             optimizer.param_groups[0]["lr"] = rate
             batch = images[order[first : first + settings.batch_size]]
             loss_sum += step(batch) * len(batch)
@@ -279,11 +305,13 @@ def rival_epochs(images, test_pixels, settings, recipe, warm_up):
         yield loss_sum / len(images), test_loss, seconds
 
 
-def race_worker(data_dir, epochs, warm_up, seed, recipe):
+def race_worker(data_dir, epochs, adam_warm_up, seed, recipe):
     dataset = script.load_data("mnist", Path(data_dir))
+    warm_up()
     settings = replace(SETTINGS, epochs=int(epochs), seed=int(seed))
-    run = (dataset.images, script.to_pixels(dataset.test_images), settings)
-    rows = script_epochs(*run) if recipe == OURS else rival_epochs(*run, recipe, float(warm_up))
+    run = (dataset.images, dataset.test_images, settings)
+    other = partial(rival_epochs, recipe=recipe, adam_warm_up=float(adam_warm_up))
+    rows = script_epochs(*run) if recipe == OURS else other(*run)
     print(json.dumps(list(rows)))
 
 

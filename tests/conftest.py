@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 import struct
 import subprocess
@@ -58,6 +59,18 @@ def fails(result, status, *texts):
     assert [str(text) for text in texts if str(text) not in result.err] == [], result.err
 
 
+def raising(function, error, at):
+    """`function`, except that its call number `at` raises the error."""
+    numbers = itertools.count(1)
+
+    def maybe(*arguments, **options):
+        if next(numbers) == at:
+            raise error
+        return function(*arguments, **options)
+
+    return maybe
+
+
 def start(*arguments, **options):
     """The script in a process of its own, as the user starts it."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
@@ -98,4 +111,4 @@ def small(tmp_path_factory):
 @pytest.fixture
 def no_plots(monkeypatch):
     """Spare a test the second that the plots of a run take."""
-    monkeypatch.setattr(script, "draw_plots", lambda *_: None)
+    monkeypatch.setattr(script, "finish", lambda *_: None)

@@ -3,9 +3,12 @@
     python tests/recipe.py ablation      the recipe without each ingredient in turn (hours)
     python tests/recipe.py selection     other settings, measured on held-out images (hours)
     python tests/recipe.py exercises     the edits that the README proposes (an hour)
+    python tests/recipe.py code-sizes    draw plots/code_sizes.png (some minutes)
+    python tests/recipe.py code-bytes    the test loss with codes of 8 bits per number (seconds)
     python tests/recipe.py neighbours    digits recognised by the nearest code (a minute)
 
-All of them need MNIST, in `data` or where --data-dir says.
+All of them need MNIST, in `data` or where --data-dir says. The last three take the network of the
+default run from model.npz beside the script, or from where --model says.
 """
 
 import argparse
@@ -26,7 +29,7 @@ from unittest import mock
 
 import joblib
 import numpy as np
-from sklearn.decomposition import PCA
+from matplotlib.figure import Figure
 from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -69,11 +72,10 @@ def print_machine(*packages):
 def final_losses(model, dataset, settings, module=script):
     """Train a new model; return its training loss and test loss after the last epoch."""
     velocity = np.zeros_like(model.parameters)
-    pixels = module.to_pixels(dataset.test_images)
     with np.errstate(all="ignore"):
         for epoch in range(1, settings.epochs + 1):
             loss = module.train_epoch(model, velocity, dataset.images, epoch, settings)
-        return loss, module.mean_squared_error(model.forward(pixels)[-1], pixels)
+        return loss, module.reconstruction_loss(model, dataset.test_images)
 
 
 # Ablation. ---------------------------------------------------------------------------------------
@@ -100,27 +102,19 @@ def classical_step(parameters, velocity, gradient, learning_rate, decay, setting
 
 
 def relu(z):
-    return np.maximum(z, 0)
-
-
-def relu_derivative(a):
-    return a > 0
+    return np.maximum(z, 0), z > 0
 
 
 def sigmoid(z):
-    return (np.tanh(z / 2) + 1) / 2
+    a = (np.tanh(z / 2) + 1) / 2
+    return a, a * (1 - a)
 
 
-def sigmoid_derivative(a):
-    return a * (1 - a)
-
-
-RELU = {"activation": relu, "derivative": relu_derivative}
 RELU_LAYERS = tuple(
-    layer._replace(**RELU) if layer.activation is script.elu else layer for layer in script.LAYERS
+    layer._replace(activation=relu) if layer.activation is script.elu else layer
+    for layer in script.LAYERS
 )
-SIGMOID = {"activation": sigmoid, "derivative": sigmoid_derivative}
-SIGMOID_LAYERS = (*script.LAYERS[:-1], script.LAYERS[-1]._replace(**SIGMOID))
+SIGMOID_LAYERS = (*script.LAYERS[:-1], script.LAYERS[-1]._replace(activation=sigmoid))
 
 
 def do_not_centre(model):
@@ -215,15 +209,18 @@ def ablation(mnist, arguments):
 # Selection. --------------------------------------------------------------------------------------
 SELECTION = (
     {},
-    {"learning_rate": 20.0},
-    {"learning_rate": 36.0},
-    {"batch_size": 128, "learning_rate": 14.0},
-    {"batch_size": 384, "learning_rate": 36.0},
-    {"decay_start": 0.5},
-    {"momentum": 0.985},
-    {"max_gradient_norm": 0.005},
-    {"weight_decay": 0.012},
-    {"batch_size": 128, "learning_rate": 8.0, "decay_start": 0.5, "max_gradient_norm": 0.005},
+    {"learning_rate": 48.0, "decay_start": 0.5},
+    {"learning_rate": 40.0},
+    {"learning_rate": 40.0, "decay_start": 0.5},
+    {"learning_rate": 40.0, "decay_start": 0.25},
+    {"learning_rate": 36.0, "decay_start": 0.25},
+    {"learning_rate": 28.0, "decay_start": 0.25},
+    {"learning_rate": 40.0, "momentum": 0.9825},
+    {"learning_rate": 40.0, "momentum": 0.98},
+    {"learning_rate": 28.0, "decay_start": 0.25, "momentum": 0.98},
+    {"learning_rate": 40.0, "weight_decay": 0.008},
+    {"learning_rate": 40.0, "decay_start": 0.5, "max_gradient_norm": 0.0015},
+    {"batch_size": 384, "learning_rate": 36.0, "decay_start": 0.5},
 )
 
 
@@ -266,8 +263,8 @@ EXERCISES = {  # name: ((old text, new text), ...)
     "a code of 32 numbers": code_of(32),
     "a code of 2 numbers": code_of(2),
     "ReLU instead of ELU": (
-        define(relu, relu_derivative),
-        (", elu, elu_derivative)", ", relu, relu_derivative)"),
+        define(relu),
+        (", elu)", ", relu)"),
     ),
     "no gradient clipping": (
         (f"{NORM}{script.Settings.max_gradient_norm}", f'{NORM}float("inf")'),
@@ -316,34 +313,93 @@ def exercises(mnist, _):
         print_machine("scikit-learn")
 
 
+# Code sizes. -------------------------------------------------------------------------------------
+def decoded_images(size, dataset, chosen, model_path):
+    """The chosen images of the test set, decoded by networks and by PCA from codes of a size."""
+    module = edited_script(code_of(size))
+    if size == script.CODE_SIZE:
+        model = script.load_run(model_path).model
+    else:
+        settings = module.Settings(epochs=MNIST_EPOCHS)
+        model = module.Autoencoder(dataset.images.mean(axis=0) / 255, settings.seed)
+        final_losses(model, dataset, settings, module)
+    pca = module.compute_baselines(dataset).pca
+    pixels = module.to_pixels(dataset.test_images)
+    rows = []
+    for outputs in (
+        model.decode(model.encode(pixels)),
+        pca.inverse_transform(pca.transform(pixels)),
+    ):
+        rows.append((outputs[chosen], np.mean(np.square(outputs - pixels))))
+    return rows
+
+
+def code_sizes(mnist, arguments):
+    _, chosen = np.unique(mnist.test_labels, return_index=True)
+    rows = {"original": (script.to_pixels(mnist.test_images[chosen]), None)}
+    for size in (script.CODE_SIZE, 32, 8, 2):
+        network, pca = decoded_images(size, mnist, chosen, arguments.model)
+        rows[f"{size} numbers"] = network
+        rows[f"PCA, {size}"] = pca
+    figure = Figure(figsize=(8.3, 7.6), dpi=150, layout="constrained")
+    axes = figure.subplots(len(rows), 1)
+    for axis, (name, (images, loss)) in zip(axes, rows.items(), strict=True):
+        axis.imshow(np.hstack(images.reshape(-1, *mnist.image_shape)), "gray", vmin=0, vmax=1)
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        if loss is not None:
+            axis.text(1.01, 0.5, f"MSE {loss:.4f}", transform=axis.transAxes, va="center")
+    figure.savefig(ROOT / "plots" / "code_sizes.png")
+
+
+# Bytes of a code. --------------------------------------------------------------------------------
+def code_bytes(mnist, arguments):
+    """Round every number of a code to one of 256 values in its range over the training images."""
+    model = script.load_run(arguments.model).model
+    codes = model.encode(mnist.images)
+    low = codes.min(axis=0)
+    step = (codes.max(axis=0) - low) / 255
+    codes = model.encode(mnist.test_images)
+    rounded = np.clip(np.rint((codes - low) / step), 0, 255).astype(np.uint8)
+    pixels = script.to_pixels(mnist.test_images)
+    print_head("a code", "bytes", "test loss")
+    for name, stored, decoded in (
+        ("float32", codes, codes),
+        ("rounded to 8 bits per number", rounded, rounded * step + low),
+    ):
+        loss = np.mean(np.square(model.decode(decoded) - pixels))
+        print_row(name, f"{stored[0].nbytes}", f"{loss:.6f}")
+    print_machine()
+
+
 # Neighbours. -------------------------------------------------------------------------------------
 def neighbours(mnist, arguments):
+    """How many test digits have the label of the nearest training image, in several spaces."""
     model = script.load_run(arguments.model).model
-    labels = script.import_mnist()(arguments.data_dir, train=True).targets.numpy()
-    codes = model.encode(mnist.images)
-    test_codes = model.encode(mnist.test_images)
-    pca = PCA(2, svd_solver="full").fit(codes)
-    planes = (pca.transform(codes), pca.transform(test_codes))
-    for where, points, test_points in (
-        (f"all {codes.shape[1]} numbers of the codes", codes, test_codes),
-        ("the plane of the first two principal components of the codes", *planes),
+    pca = script.compute_baselines(mnist).pca
+    print_head("nearest neighbour by", "correct")
+    for name, transform in (
+        ("pixels", script.to_pixels),
+        (f"PCA with {script.CODE_SIZE} components", lambda x: pca.transform(script.to_pixels(x))),
+        (f"codes of {script.CODE_SIZE} numbers", model.encode),
     ):
-        classifier = KNeighborsClassifier(1, algorithm="brute").fit(points, labels)
-        accuracy = classifier.score(test_points, mnist.test_labels)
-        print(f"In {where}, the nearest training image has the digit of the", end=" ")
-        print(f"test image for {accuracy:.2%} of the test images.", flush=True)
+        classifier = KNeighborsClassifier(1, algorithm="brute")
+        classifier.fit(transform(mnist.images), mnist.labels)
+        accuracy = classifier.score(transform(mnist.test_images), mnist.test_labels)
+        print_row(name, f"{accuracy:.1%}")
     print_machine("scikit-learn")
 
 
 def main():
-    jobs = {job.__name__: job for job in (ablation, selection, exercises, neighbours)}
+    functions = (ablation, selection, exercises, code_sizes, code_bytes, neighbours)
+    jobs = {job.__name__.replace("_", "-"): job for job in functions}
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=jobs)
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="holds MNIST/raw")
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="holds MNIST")
     parser.add_argument("--epochs", type=int, default=100, help="of `selection` (default: 100)")
     parser.add_argument("--seeds", type=int, default=3, help="of `ablation` (default: 3)")
-    text = "of `neighbours` (default: model.npz beside the script)"
+    text = "a finished default run (default: model.npz beside the script)"
     parser.add_argument("--model", type=Path, default=ROOT / "model.npz", help=text)
     arguments = parser.parse_args()
     mnist = script.load_data("mnist", arguments.data_dir)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, SAMPLE, call, fails, script, snapshot, start, write_idx
+from conftest import NAMES, SAMPLE, call, fails, raising, script, snapshot, start, write_idx
 from torchvision import datasets
 
 
@@ -33,23 +33,38 @@ def test_sample_is_5000_digits_of_all_classes_in_equal_parts():
     assert images.dtype == np.uint8 and len(np.unique(images, axis=0)) == 5000
 
 
-def test_files_of_another_data_set_are_read_and_kept(monkeypatch):
+PLACES = {".": "mine", "raw": "mine", "MNIST/raw": "mine", "Fashion": "Fashion"}
+PLACES["FashionMNIST/raw"] = "FashionMNIST"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_four_files_are_found_read_and_kept_in_any_folder(monkeypatch, place):
     """Without Tensor.numpy, as where PyTorch was built for another version of NumPy."""
-    raw, original = write_idx("data"), write_idx("original")
-    compress(raw, NAMES[:3])
-    (raw.parent / "processed").mkdir()  # as left by old torchvision versions
-    for name in ("training.pt", "test.pt"):
-        torch.save((torch.zeros(9, 28, 28), torch.zeros(9)), raw.parent / "processed" / name)
-    before = snapshot(raw)
+    original = write_idx("original")
+    folder = Path("mine", place)
+    shutil.copytree(original, folder)
+    compress(folder, NAMES[:3])
+    before = snapshot(folder)
     monkeypatch.setattr(torch.Tensor, "numpy", None)
-    dataset = script.load_data("auto", None)
-    assert dataset.description.startswith("data, 50 training and 20 test images, sha256 ")
-    assert dataset.images.tobytes() == (original / NAMES[0]).read_bytes()[16:]
-    assert dataset.test_images.tobytes() == (original / NAMES[2]).read_bytes()[16:]
-    assert dataset.test_labels.tobytes() == (original / NAMES[3]).read_bytes()[8:]
-    assert snapshot(raw) == snapshot(original) | before
-    (raw / NAMES[1]).write_bytes((raw / NAMES[1]).read_bytes()[:-1] + b"\0")
-    assert script.load_data("auto", Path("data")).description != dataset.description
+    dataset = script.load_data("auto", "mine")
+    assert dataset.description.startswith(f"{PLACES[place]}, 50 training and 20 test images, sha")
+    parts = (dataset.images, dataset.labels, dataset.test_images, dataset.test_labels)
+    for part, name, begin in zip(parts, NAMES, (16, 8, 16, 8), strict=True):
+        assert part.tobytes() == (original / name).read_bytes()[begin:]
+    assert snapshot(folder) == snapshot(original) | before
+    (folder / NAMES[1]).write_bytes((folder / NAMES[1]).read_bytes()[:-1] + b"\0")
+    assert script.load_data("auto", Path("mine")).description != dataset.description
+
+
+def test_directories_without_or_with_two_data_sets_and_contradicting_flags_are_refused():
+    fails(call("--data-dir", "typo"), 2, "typo", "--data-dir")
+    write_idx("mine")
+    shutil.copytree("mine/MNIST/raw", "mine/Fashion/raw")
+    before = snapshot()
+    fails(call("--data-dir", "mine"), 2, Path("mine/MNIST/raw"), Path("mine/Fashion/raw"))
+    both = call("--data-dir", "mine", "--dataset", "sample")
+    assert both.status == 2 and "--data-dir and --dataset sample" in both.lines[-1]
+    assert snapshot() == before and not Path("typo").exists()
 
 
 @pytest.mark.parametrize("flags", [(), ("--dataset", "sample")])
@@ -91,14 +106,21 @@ def serve(monkeypatch):
     socket.setdefaulttimeout(None)
 
 
-@pytest.mark.parametrize("data_dir", [None, Path("~/given")])
-def test_download_happens_once_and_says_where_to(serve, capsys, data_dir):
+@pytest.mark.parametrize("data_dir", [None, "~/given"])
+def test_download_happens_once_into_an_empty_directory_and_says_where_to(serve, capsys, data_dir):
     serve()
     root = Path("given" if data_dir else "data")
-    sample = write_idx(root / "sample")  # as in this repository
+    raw = root / "MNIST" / "raw"
+    write_idx("data/sample")  # as in this repository
+    root.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(datasets.MNIST, "_load_data", raising(None, KeyboardInterrupt, 1))
+        script.load_data("auto", data_dir)
+    assert not raw.exists()
     script.load_data("auto", data_dir)
-    assert f"downloading MNIST to {root / 'MNIST' / 'raw'}\n" in capsys.readouterr().err
-    assert snapshot(root / "MNIST" / "raw").items() >= snapshot(sample).items()
+    assert f"downloading MNIST to {raw}\n" in capsys.readouterr().err
+    assert snapshot(raw).keys() == {*NAMES, *(f"{name}.gz" for name in NAMES)}
+    assert [*raw.parent.iterdir()] == [raw]
     serve("refused")
     script.load_data("auto", data_dir)
     assert "downloading" not in capsys.readouterr().err
@@ -107,20 +129,24 @@ def test_download_happens_once_and_says_where_to(serve, capsys, data_dir):
 @pytest.mark.parametrize("fault", ["refused", "checksum", "stalls"])
 def test_failed_download_is_an_error_or_a_reason_to_take_the_sample(serve, capsys, fault):
     serve(fault)
+    Path("given").mkdir()
     for flags in (("--dataset", "mnist"), ("--data-dir", "given")):
         result = call(*flags, "--output-dir", "out")
         (error,) = [line for line in result.lines if line.startswith("error: ")]
         assert result.status == 2 and "Traceback" not in result.err
         assert str(Path("MNIST", "raw")) in error and all(name in error for name in NAMES)
         assert not Path("out").exists()
-        shutil.rmtree("data", ignore_errors=True)
-    assert script.load_data("auto", None).name == "a sample of MNIST"
+    assert script.load_data().name == "a sample of MNIST"
     raw = Path("data", "MNIST", "raw")
     assert f"\nwarning: no usable data in {raw} (" in capsys.readouterr().err
-    (raw / NAMES[0]).touch()  # a file of the user
-    assert call("--output-dir", "out").status == 2
     serve()  # What a failed download has left does not keep the next one from succeeding.
-    assert script.load_data("auto", None).name == "data"
+    assert script.load_data().name == "data"
+
+
+def write_header(*numbers):
+    """A function that overwrites a file with big-endian numbers and then zeros."""
+    count = np.prod(numbers[1:])
+    return lambda path: path.write_bytes(struct.pack(f">{len(numbers)}i{count}x", *numbers))
 
 
 def unpack_as_7_zip_does(path):
@@ -128,23 +154,28 @@ def unpack_as_7_zip_does(path):
         (path.parent / name).rename(path.parents[2] / name.replace("-idx", ".idx"))
 
 
-DAMAGES = {  # the file and what happens to it
-    "missing": (NAMES[0], Path.unlink),
-    "cut archive": (NAMES[2], lambda path: compress(path.parent, [path.name], end=-1)),
-    "more labels": (NAMES[1], lambda path: path.write_bytes(struct.pack(">2i60x", 2049, 60))),
-    "one image": (NAMES[0], lambda path: write_idx(path.parents[2], train=1)),
-    "unpacked by 7-Zip": (NAMES[0], unpack_as_7_zip_does),
-    "one level too high": (NAMES[0], lambda path: path.parent.rename(path.parents[2] / "raw")),
-    "other folder": (NAMES[0], lambda path: path.parents[1].rename(path.parents[2] / "Fashion")),
+IMAGES, LABELS, TEST_IMAGES, _ = NAMES
+DAMAGES = {  # the file, what happens to it, and what the message says beside its name
+    "missing": (IMAGES, Path.unlink, ["No such file"]),
+    "missing labels": (LABELS, Path.unlink, ["No such file"]),
+    "empty": (TEST_IMAGES, lambda path: path.write_bytes(b""), ["0 bytes", "grey images"]),
+    "cut": (TEST_IMAGES, lambda path: os.truncate(path, 999), ["(20, 28, 28) and 999 bytes"]),
+    "cut archive": (TEST_IMAGES, lambda path: compress(path.parent, [path.name], -1), ["ended"]),
+    "more labels": (LABELS, write_header(2049, 60), ["(60,)", "their labels"]),
+    "one image": (IMAGES, write_header(2051, 1, 28, 28), ["(1, 28, 28)", "two or more"]),
+    "in colour": (IMAGES, write_header(2052, 9, 28, 28, 3), ["(9, 28, 28, 3)", "grey images"]),
+    "other size": (IMAGES, write_header(2051, 9, 32, 32), ["(9, 32, 32)", "784 pixels", "LAYERS"]),
+    "web page": (IMAGES, lambda path: path.write_text("<!DOCTYPE html>"), ["15 bytes"]),
+    "unpacked by 7-Zip": (IMAGES, unpack_as_7_zip_does, ["No such file"]),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_unusable_files_of_the_user_are_kept_and_no_reason_to_take_the_sample(serve, damage):
     serve()
-    raw = write_idx("mine")
-    name, spoil = DAMAGES[damage]
+    raw = write_idx("data")
+    name, spoil, told = DAMAGES[damage]
     spoil(raw / name)
     before = snapshot()
-    fails(call("--data-dir", "mine"), 2, raw, *NAMES, ".gz", "--dataset sample")
+    fails(call(), 2, name, *told, *NAMES, ".gz", "--dataset sample")
     assert snapshot() == before

@@ -13,15 +13,15 @@ from sklearn.decomposition import PCA
 NETWORK = "784-512-256-128-256-512-784, elu elu linear elu elu clip"
 ROWS = re.findall(r"^    Layer\(.*\n", Path(script.__file__).read_text(), re.MULTILINE)
 DEEPER = (
-    ("256, 128, linear", "256, 128, elu, elu_derivative),\n    Layer(128, 16, linear"),
-    ("Layer(128, 256", "Layer(16, 128, elu, elu_derivative),\n    Layer(128, 256"),
+    ("256, 128, linear", "256, 128, elu),\n    Layer(128, 16, linear"),
+    ("Layer(128, 256", "Layer(16, 128, elu),\n    Layer(128, 256"),
 )
-SIGMOID = recipe.define(recipe.sigmoid, recipe.sigmoid_derivative)
+SIGMOID = recipe.define(recipe.sigmoid)
 EDITS = {
     "784-512-256-32-256-512-784, elu elu linear elu elu clip": recipe.code_of(32),
     "784-512-256-1-256-512-784, elu elu linear elu elu clip": recipe.code_of(1),
     NETWORK.replace("elu", "relu"): recipe.EXERCISES["ReLU instead of ELU"],
-    NETWORK.replace("clip", "sigmoid"): [SIGMOID, (", clip, clip_", ", sigmoid, sigmoid_")],
+    NETWORK.replace("clip", "sigmoid"): [SIGMOID, (", clip)", ", sigmoid)")],
     "784-512-256-512-784, elu elu elu clip": [("".join(ROWS[2:4]), "")],
     "784-512-256-128-16-128-256-512-784, elu elu elu linear elu elu elu clip": DEEPER,
 }
@@ -31,7 +31,8 @@ def edited(monkeypatch, edits):
     """The script with edits of its source, as a module that keeps its figures instead of saving."""
     module = recipe.edited_script(edits)
     module.figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, _: module.figures.append(figure))
+    keep = lambda figure, path: path.touch() or module.figures.append(figure)  # noqa: E731
+    monkeypatch.setattr(Figure, "savefig", keep)
     return module
 
 
@@ -58,8 +59,8 @@ def test_everything_follows_from_layers(monkeypatch, small, network):
         loss = np.mean((outputs - test_images) ** 2)
         assert float(re.search(pattern, read_log())[1]) == pytest.approx(loss, abs=2e-6)
     _, latent_space, reconstructions = module.figures
-    shown = f"{min(2, code_size)} of {code_size} principal components"
-    assert latent_space.axes[0].get_title().endswith(shown)
+    what = "principal component" if code_size > 2 else "number of the code"
+    assert f"first {what}" in latent_space.get_supxlabel()
     assert f"codes of {code_size} number" in reconstructions.get_suptitle()
 
     # Neither script continues the other's run, and each says why.
@@ -84,18 +85,16 @@ def test_changed_constant_is_used_logged_and_not_resumed(small, monkeypatch, nam
 
 
 @pytest.mark.parametrize("row", range(6))
-def test_row_that_does_not_fit_is_one_clear_error(small, row):
+def test_row_that_does_not_fit_is_one_clear_error(row):
     size = 99 if row < 3 else 999  # less or more than the inputs of the next row
     wrong = re.sub(r", \d+, ", f", {size}, ", ROWS[row])
-    following = re.search(r"\d+", ROWS[(row + 1) % 6])[0]
-    result = call(*small[0], main=recipe.edited_script([(ROWS[row], wrong)]).main)
-    fails(result, 2, f"{size} outputs", f"{following} inputs", "LAYERS")
-    assert not list(Path().iterdir())
+    with pytest.raises(SystemExit, match=rf"error: LAYERS in .* outputs \[.*\b{size}\b.*inputs \["):
+        recipe.edited_script([(ROWS[row], wrong)])
 
 
 def test_network_without_a_hidden_layer_is_one_clear_error():
-    with pytest.raises(SystemExit, match="error: LAYERS in .* has no hidden layer"):
-        recipe.edited_script([("".join(ROWS), "    Layer(784, 784, clip, clip_derivative),\n")])
+    with pytest.raises(SystemExit, match="error: LAYERS in .* hidden layer"):
+        recipe.edited_script([("".join(ROWS), "    Layer(784, 784, clip),\n")])
 
 
 def test_other_data_have_their_own_name_and_size_and_are_not_resumed(monkeypatch):
@@ -118,7 +117,7 @@ def test_overfitted_small_data_set_is_not_divergence(no_plots):
     raw = write_idx("noise", train=60, test=60)
     for seed, path in enumerate(sorted(raw.glob("*-images-*"))):
         path.write_bytes(path.read_bytes()[:16] + np.random.default_rng(seed).bytes(60 * 784))
-    result = call("--data-dir", "noise", "--epochs", 60)
-    assert result.status == 0 and "above half the mean image" in result.err
+    result = call("--data-dir", "noise", "--epochs", 120)
+    assert result.status == 0
     mean_image_loss = float(re.search(r"mean image: (\S+)", result.out)[1])
     assert script.load_run("model.npz").losses[-1][1] > mean_image_loss

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import recipe
 from conftest import EPOCH, NAMES, SAMPLE, call, fails, read_log, result_of, script, snapshot, start
 from matplotlib import image
+from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 SCRIPT = Path(script.__file__)
@@ -26,7 +28,12 @@ MNIST_DIR = Path(os.environ.get("MNIST_DIR", SCRIPT.parent / "data")).resolve()
 def test_a_run_writes_a_log_with_a_header_a_model_and_three_plots():
     result = call("--dataset", "sample", "--epochs", 5)
     lines = read_log().splitlines()
-    assert result.status == 0 and result.out.splitlines() == lines
+    assert (result.status, result.err) == (0, "") and result.out.startswith(read_log())
+    *_, files, losses, sample = result.out.splitlines()
+    assert files == f"training_log.txt, plots and model.npz are in {Path.cwd()}"
+    last, pca = EPOCH.findall(read_log())[-1][2], re.search(r"PCA with .*: .*", read_log())[0]
+    assert losses == f"test loss: {last}; {pca}"
+    assert sample == "this was a sample of MNIST; its losses are not those of all of MNIST"
     assert len({*lines}) == len(lines)  # No line is there twice.
     for field in fields(script.Settings):
         assert f"# {field.name}: {5 if field.name == 'epochs' else field.default}" in lines
@@ -44,7 +51,7 @@ def test_a_run_writes_a_log_with_a_header_a_model_and_three_plots():
 @pytest.mark.parametrize("start", [0.5, 1.0])
 @pytest.mark.parametrize("losses", [[[0.04, 0.01], [0.005, 0.004]], [[0.0021, 0.0022]]])
 def test_loss_curve_shows_every_epoch_and_pca_and_names_the_last_losses(losses, start):
-    baselines = script.Baselines(mean_image_loss=0.07, pca=None, pca_loss=0.0123)
+    baselines = script.Baselines(mean_image_loss=0.07, pca_loss=0.0123, pca=None, pca_name="PCA")
     figure = script.plot_losses(losses, baselines, "the data", script.Settings(decay_start=start))
     (axes,) = figure.axes
     training, test, pca, *falls = [np.array(line.get_data()) for line in axes.lines]
@@ -53,36 +60,67 @@ def test_loss_curve_shows_every_epoch_and_pca_and_names_the_last_losses(losses, 
     assert set(pca[1]) == {0.0123}
     assert [set(fall[0]) for fall in falls] == [{len(losses) / 2}] * (start < 1)
     last = [f"training (epoch mean): {losses[-1][0]:.5f}", f"test: {losses[-1][1]:.5f}"]
-    legend = [text.get_text() for text in figure.legends[0].texts]
-    begin = ["the learning rate begins to fall"] * len(falls)
+    legend = [text.get_text() for text in axes.get_legend().texts]
+    begin = [f"learning rate falls from epoch {len(losses) / 2:g} on"] * len(falls)
     assert legend == [*last, "PCA, test: 0.01230", *begin]
     assert all(x == int(x) for x in axes.get_xticks())
-    assert axes.get_title() == "Loss on the data (mean image: 0.0700)"
+    assert axes.get_title() == "Loss on the data"
 
 
-def test_latent_space_shows_all_codes_projected_in_their_digits_colour():
-    codes = np.random.default_rng(0).standard_normal((60, 128)) * np.arange(128, 0, -1)
+def test_loss_curve_of_100_epochs_has_a_tick_at_the_last():
+    baselines = script.Baselines(0.07, 0.0042, None, "PCA")
+    figure = script.plot_losses([[0.001, 0.002]] * 100, baselines, "x", script.Settings())
+    low, high = figure.axes[0].get_xlim()
+    assert [x for x in figure.axes[0].get_xticks() if low < x < high] == [0, 20, 40, 60, 80, 100]
+
+
+@pytest.mark.parametrize("size", [128, 2, 1])
+def test_latent_space_shows_all_codes_in_a_plane_and_what_its_points_decode_to(monkeypatch, size):
+    rng = np.random.default_rng(0)
+    codes = rng.standard_normal((60, size)) * np.arange(size, 0, -1) + 5
+    decoder = rng.random((size, 784))
+    model = SimpleNamespace(encode=lambda images: codes, decode=lambda codes: codes @ decoder)
     labels = np.arange(60, dtype=np.uint8) // 6
-    dataset = script.Dataset("the data", "", codes, codes, labels, (28, 28))
-    (axes,) = script.plot_latent_space(codes, dataset).axes
-    pca = PCA(2, svd_solver="full")
-    points = pca.fit_transform(codes)
-    (scatter,) = axes.collections
+    dataset = script.Dataset("the data", "", codes, labels, codes, labels, (28, 28))
+    monkeypatch.setattr(script, "CODE_SIZE", size)
+    figure = script.plot_latent_space(model, dataset)
+    left, right = figure.axes
+    points, names = np.pad(codes, [(0, 0), (0, 1)])[:, :2], (figure._supxlabel, left.yaxis.label)
+    if size > 2:
+        pca = PCA(2, svd_solver="full")
+        points = pca.fit_transform(codes)
+        for name, share in zip(names, pca.explained_variance_ratio_, strict=True):
+            assert f"principal component ({share:.1%} of the variance)" in name.get_text()
+    (scatter,) = left.collections
     order = [np.argmin(np.linalg.norm(points - p, axis=1)) for p in scatter.get_offsets().data]
     np.testing.assert_allclose(scatter.get_offsets(), points[order], rtol=1e-6)
     assert sorted(order) == list(range(60))
     assert np.count_nonzero(np.diff(labels[order])) > 30  # no digit is drawn on top of the others
+    figure.draw_without_rendering()
     colors = [tuple(color) for color in scatter.get_facecolors()]
     assert len({*zip(labels[order], colors, strict=True)}) == len({*colors}) == 10  # one each
-    first, second = pca.explained_variance_ratio_
-    assert f"{first:.1%}" in axes.get_xlabel() and f"{second:.1%}" in axes.get_ylabel()
-    assert "the data" in axes.get_title() and axes.get_aspect() == 1
+    assert [text.get_text() for text in figure.legends[0].texts] == [*"0123456789"]
+    (picture,) = right.images
+    low_x, high_x, low_y, high_y = picture.get_extent()
+    assert left.get_xlim() == right.get_xlim() == (low_x, high_x) and left.get_aspect() == 1
+    assert (points >= [low_x - 1e-9, low_y - 1e-9]).all()
+    assert (points <= [high_x + 1e-9, high_y + 1e-9]).all()
+    cell = (high_x - low_x) / 15
+    for row, column in ((0, 0), (0, 14), (7, 3)):
+        point = [low_x + (column + 0.5) * cell, high_y - (row + 0.5) * cell]
+        code = pca.inverse_transform([point]) if size > 2 else [point[:size]]
+        shown = picture.get_array()[28 * row : 28 * (row + 1), 28 * column : 28 * (column + 1)]
+        np.testing.assert_allclose(np.ravel(shown), np.ravel(code @ decoder), rtol=1e-6)
 
 
 def test_reconstructions_show_one_image_per_digit_its_outputs_and_errors():
     outputs = np.random.default_rng(0).random(SAMPLE.test_images.shape)
+    places = {image.tobytes(): place for place, image in enumerate(SAMPLE.test_images)}
+    model = script.Autoencoder(SAMPLE.test_images[0])
+    model.encode = lambda images: [places[image.tobytes()] for image in images]
+    model.decode = lambda codes: outputs[codes]
     pca = PCA(3).fit(SAMPLE.images / 255)
-    cells = np.reshape(script.plot_reconstructions(SAMPLE, outputs, pca).axes, (5, 10))
+    cells = np.reshape(script.plot_reconstructions(model, SAMPLE, pca).axes, (5, 10))
     rows = [cell.get_ylabel() for cell in cells[:, 0]]
     assert rows == ["original", "autoencoder", "error", "PCA", "PCA's error"]
     for digit, column in enumerate(cells.T):
@@ -101,7 +139,8 @@ def test_same_flags_same_run_and_other_flags_another(small, no_plots):
     arguments, whole = small
     assert call(*arguments).status == 0
     assert result_of() == result_of(whole)
-    fails(call(*arguments, "--epochs", 5, "--resume"), 2, "'# epochs: 4' instead of '# epochs: 5'")
+    told = ("'# epochs: 4' instead of '# epochs: 5'", "learning rate", "another --output-dir")
+    fails(call(*arguments, "--epochs", 5, "--resume"), 2, *told)
     for name, value in (("seed", 1), ("momentum", 0.5)):
         assert f"# {name}: {value}\n" in call(*arguments, f"--{name}", value).out
         parameters = script.load_run("model.npz").model.parameters
@@ -111,16 +150,20 @@ def test_same_flags_same_run_and_other_flags_another(small, no_plots):
 
 def test_every_step_gets_its_images_its_learning_rate_and_its_weight_decay(monkeypatch):
     images = np.random.default_rng(0).integers(256, size=(50, 784), dtype=np.uint8)
-    steps, orders = [], set()
-    monkeypatch.setattr(script.Autoencoder, "backward", lambda model, activations, images: images)
-    monkeypatch.setattr(script, "sgd_step", lambda p, velocity, *rest: steps.append(rest[:3]))
+    steps, batches, orders = [], [], set()
+    forward = script.Autoencoder.forward
+    monkeypatch.setattr(
+        script.Autoencoder, "forward", lambda model, x: batches.append(x) or forward(model, x)
+    )
+    monkeypatch.setattr(script, "sgd_step", lambda p, velocity, *rest: steps.append(rest[1:3]))
     model = script.Autoencoder(images[0] / 255)
     for seed, epoch in ((0, 1), (0, 3), (1, 3)):
         settings = script.Settings(epochs=3, batch_size=16, learning_rate=0.1, seed=seed)
         steps.clear()
+        batches.clear()
         loss = script.train_epoch(model, None, images, epoch, settings)
         assert loss == pytest.approx(np.mean((images[0] / 255 - images / 255) ** 2), rel=1e-5)
-        batches, rates, decays = zip(*steps, strict=True)
+        rates, decays = zip(*steps, strict=True)
         assert [len(batch) for batch in batches] == [16, 16, 16, 2]
         rows = [bytes(row) for row in np.concatenate(batches)]
         assert sorted(rows) == sorted(map(bytes, (images / 255).astype(np.float32)))
@@ -150,14 +193,28 @@ def test_divergence_keeps_the_last_good_epoch(small, monkeypatch, steps, wrong):
         return wrong if step in steps else schedule(step, *others)
 
     monkeypatch.setattr(script, "scheduled_learning_rate", diverging)
-    fails(call(*small[0]), 1, "epoch 3", "--lr below 1.75")
+    rate = script.default_learning_rate(16)
+    fails(call(*small[0]), 1, "epoch 3", f"--lr below {rate:g}")
     assert script.load_run("model.npz").losses == result_of(small[1])[1][:2]
     assert len(EPOCH.findall(read_log())) == 2 and snapshot("plots") == {}
 
 
 @pytest.mark.parametrize(("rate", "count"), [(1000, 1), (500, 5)])
-def test_too_high_a_learning_rate_is_an_error(rate, count):
-    fails(call("--dataset", "sample", "--epochs", count, "--lr", rate), 1, f"--lr below {rate}")
+def test_too_high_a_learning_rate_is_an_error_that_names_the_default(rate, count):
+    told = f"--lr below {rate} (default: {script.Settings.learning_rate:g})"
+    fails(call("--dataset", "sample", "--epochs", count, "--lr", rate), 1, told)
+
+
+@pytest.mark.parametrize(("bar", "lines"), [(0.061, 0), (0.059, 1)])
+def test_learning_next_to_nothing_is_warned_of(small, monkeypatch, capsys, bar, lines):
+    Path("plots").mkdir()
+    monkeypatch.setattr(script, "plot_latent_space", lambda *_: Figure())
+    run, dataset = script.load_run(small[1] / "model.npz"), script.load_data("auto", small[0][1])
+    baselines = script.compute_baselines(dataset)._replace(mean_image_loss=bar / 0.9)
+    run.losses[-1][1] = 0.06
+    script.finish(run, dataset, baselines, script.Settings(), Path())
+    err = capsys.readouterr().err
+    assert err.count("\n") == lines == err.count(f"(default: {script.Settings.learning_rate:g})")
 
 
 USAGE_ERRORS = """--epochs 0; --epochs 2.5; --batch-size -128; --lr nan; --lr 0; --lr 1e300; --lr;
@@ -184,7 +241,7 @@ def test_as_the_user_starts_it(small):
     process = start(*arguments, "--output-dir", "out", env={**os.environ, **settings})
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
-    assert out == read_log("out") and "\r" not in out
+    assert out.startswith(read_log("out")) and "\r" not in out
     assert result_of("out") == result_of(whole)
     assert snapshot("out/plots") == snapshot(whole / "plots")
 

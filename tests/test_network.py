@@ -1,5 +1,6 @@
 """The network and its training step against oracles: central differences and PyTorch."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,11 @@ def network(layers=LAYERS, dtype=np.float64):
     return model
 
 
+def gradient_of(model, images):
+    activations, derivatives = model.forward(images)
+    return model.backward(activations, derivatives, activations[-1] - images)
+
+
 def pixels(n, seed=1, size=784):
     return np.random.default_rng(seed).random((n, size))
 
@@ -44,11 +50,11 @@ def test_every_gradient_equals_central_differences():
 
     def loss_at(place, value):
         model.parameters[place] = value
-        return np.mean((model.forward(images)[-1] - images) ** 2)
+        return np.mean((model.forward(images)[0][-1] - images) ** 2)
 
-    activations = model.forward(images)
-    assert 0.05 < np.mean((activations[-1] == 0) | (activations[-1] == 1)) < 0.5
-    gradient = model.backward(activations, images)
+    outputs = model.forward(images)[0][-1]
+    assert 0.05 < np.mean((outputs == 0) | (outputs == 1)) < 0.5
+    gradient = gradient_of(model, images)
     for place, value in enumerate(model.parameters.copy()):
         difference = loss_at(place, value + step) - loss_at(place, value - step)
         model.parameters[place] = value
@@ -60,12 +66,12 @@ def test_every_gradient_equals_central_differences():
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), [("f8", 1e-12, 1e-15), ("f4", 1e-6, 1e-8)])
 def test_outputs_and_every_gradient_equal_autograds(n, dtype, rtol, atol):
     model, images = network(dtype=dtype), pixels(n).astype(dtype)
-    activations = model.forward(images)
-    gradient = model.backward(activations, images)
+    activations, _ = model.forward(images)
+    gradient = gradient_of(model, images)
     twin = torch_network(model)
     loss = torch_loss(twin, model, images)
     loss.backward()
-    assert script.mean_squared_error(activations[-1], images) == pytest.approx(loss.item(), rtol)
+    np.testing.assert_allclose(np.mean((activations[-1] - images) ** 2), loss.item(), rtol)
     assert {array.dtype for array in [*activations, gradient]} == {np.dtype(dtype)}
     expected = flat(twin, lambda parameter: parameter.grad)
     np.testing.assert_allclose(gradient, expected, 1000 * rtol, atol)
@@ -89,7 +95,7 @@ def test_twenty_steps_equal_those_of_torch_optim_sgd(momentum, max_norm, clipped
         for parameter in twin.parameters():
             parameter.grad *= min(1, max_norm / norms[-1])
         optimizer.step()
-        gradient = model.backward(model.forward(images), images)
+        gradient = gradient_of(model, images)
         script.sgd_step(model.parameters, velocity, gradient, 0.5, 1e-3, settings)
     assert sum(norm > max_norm for norm in norms) == clipped
     expected = flat(twin, torch.Tensor.detach)
@@ -101,17 +107,17 @@ ORACLES = {"elu": torch.nn.ELU(), "linear": torch.nn.Identity(), "clip": torch.n
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_activations_and_derivatives_are_torchs(name):
-    function, derivative = getattr(script, name), getattr(script, f"{name}_derivative")
+    function = getattr(script, name)
     z = torch.linspace(-30, 30, 601, dtype=torch.float64, requires_grad=True)
     expected = ORACLES[name](z)
     expected.sum().backward()
-    a = function(z.detach().numpy())
+    a, derivative = function(z.detach().numpy())
     np.testing.assert_allclose(a, expected.detach(), rtol=1e-9, atol=1e-15)
-    np.testing.assert_allclose(derivative(a), z.grad, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(derivative * np.ones(601), z.grad, rtol=1e-9, atol=1e-15)
     with np.errstate(all="raise"):
-        a = function(np.array([-1e30, -1e4, -100, 0, 100, 1e4, 1e30], np.float32))
-        assert np.isfinite(a).all() and np.isfinite(derivative(a)).all()
-        assert a.dtype == (a * derivative(a)).dtype == np.float32
+        a, derivative = function(np.array([-1e30, -1e4, -100, 0, 100, 1e4, 1e30], np.float32))
+        assert np.isfinite(a).all() and np.isfinite(derivative).all()
+        assert a.dtype == (a * derivative).dtype == np.float32
 
 
 def test_weights_start_with_hes_variance_and_the_network_as_the_mean_image():
@@ -122,7 +128,7 @@ def test_weights_start_with_hes_variance_and_the_network_as_the_mean_image():
         assert not b.any()
         assert abs(w.mean()) < 4 * np.sqrt(2 / len(w) / w.size)
         assert w.var() == pytest.approx(2 / len(w), rel=0.05)
-    outputs = model.forward(pixels(3).astype(np.float32))[-1]
+    outputs = model.forward(pixels(3).astype(np.float32))[0][-1]
     np.testing.assert_array_equal(outputs, [mean.astype(np.float32)] * 3)
     assert (Autoencoder(mean, seed=6).parameters != model.parameters).any()
 
@@ -147,15 +153,49 @@ def test_default_learning_rate_is_linear_up_to_256_images_then_a_square_root(mon
 
 def test_encode_and_decode_are_the_two_halves_for_all_kinds_of_images():
     model = network(dtype=np.float32)
-    images = np.round(pixels(101) * 255).astype(np.uint8)
+    images = np.round(pixels(2001) * 255).astype(np.uint8)
     codes = model.encode(images)
     outputs = model.decode(codes)
-    activations = model.forward(images / np.float32(255))
+    activations, _ = model.forward(images / np.float32(255))
     np.testing.assert_allclose(codes, activations[3], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(outputs, activations[6], rtol=1e-4, atol=1e-5)
-    for same in (images.reshape(-1, 28, 28), images / 255, (images / 255).astype(np.float32)):
-        np.testing.assert_allclose(model.encode(same), codes, rtol=1e-4, atol=1e-5)
-    unusable = [images[:, 1:], images[0], images.T / 255]
-    for wrong in [*unusable, *(np.full((1, 784), value) for value in (2, -0.1, np.nan))]:
-        with pytest.raises(ValueError, match="pixels"):
-            model.encode(wrong)
+    loss = np.mean((activations[6] - images / 255) ** 2)
+    assert script.reconstruction_loss(model, images) == pytest.approx(loss, rel=1e-5)
+    square = images.reshape(-1, 28, 28)
+    tensors = (torch.from_numpy(square[:9, None]), torch.tensor(images[:9] / 255))
+    for same in (square, images / 255, (images[:9] / 255).tolist(), *tensors):
+        np.testing.assert_allclose(model.encode(same), codes[: len(same)], rtol=1e-4, atol=1e-5)
+    for same in (images[0], square[0], square[:1], (square[0] / 255).tolist()):
+        np.testing.assert_allclose(model.encode(same), codes[:1], rtol=1e-4, atol=1e-5)
+    for same in (codes[0], codes[0].tolist(), torch.from_numpy(codes[:1])):
+        np.testing.assert_allclose(model.decode(same), outputs[:1], rtol=1e-4, atol=1e-5)
+
+
+WRONG = {  # images, and what is said of them
+    "too few pixels": (np.zeros((9, 783), np.uint8), r"784 pixels .*\(9, 783\)"),
+    "transposed": (np.zeros((784, 9)), r"784 pixels .*\(784, 9\)"),
+    "in colour": (np.zeros((28, 28, 3), np.uint8), r"784 pixels .*\(28, 28, 3\)"),
+    "nothing": ([], r"784 pixels .*\(0,\)"),
+    "up to 255": (np.full((2, 784), 255.0), "0 to 255 .* divide by 255"),
+    "with noise": (np.linspace(-0.9, 2, 784), r"-0.9 to 2 .* clip to \[0, 1\]"),
+    "a little above 1": (np.full(784, 1.01), r"0 to 1.01 .* clip to \[0, 1\]"),
+    "not a number": (np.full(784, np.nan), "NaN"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_encode_names_the_fault_of_unusable_images(fault):
+    images, told = WRONG[fault]
+    with pytest.raises(ValueError, match=told):
+        network(dtype=np.float32).encode(images)
+    with pytest.raises(ValueError, match="127"):
+        network(dtype=np.float32).decode(np.zeros((2, 127)))
+
+
+def test_encoding_needs_little_memory_beside_the_images():
+    model, images = network(dtype=np.float32), np.zeros((60_000, 784), np.uint8)
+    tracemalloc.start()
+    model.encode(images)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * images.nbytes  # A float32 copy of them is 4 times as large.
