@@ -13,10 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from recipe import script
-from torchvision.datasets import MNIST
 
 SAMPLE = script.load_data("sample", None)
-NAMES = [archive.removesuffix(".gz") for archive, _ in MNIST.resources]  # four files
 EPOCH = re.compile(r"Epoch (\d+), Loss: (\d\.\d{6}), Test Loss: (\d\.\d{6}), Time: \d+\.\ds")
 
 
@@ -79,6 +77,11 @@ def start(*arguments, **options):
 
 def read_log(directory="."):
     return Path(directory, "training_log.txt").read_text()
+
+
+def logged(directory="."):
+    """Number, training loss and test loss of the epochs in a log, as text."""
+    return EPOCH.findall(read_log(directory))
 
 
 def result_of(directory="."):

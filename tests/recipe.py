@@ -207,20 +207,31 @@ def ablation(mnist, arguments):
 
 
 # Selection. --------------------------------------------------------------------------------------
-SELECTION = (
-    {},
-    {"learning_rate": 48.0, "decay_start": 0.5},
-    {"learning_rate": 40.0},
-    {"learning_rate": 40.0, "decay_start": 0.5},
-    {"learning_rate": 40.0, "decay_start": 0.25},
-    {"learning_rate": 36.0, "decay_start": 0.25},
-    {"learning_rate": 28.0, "decay_start": 0.25},
-    {"learning_rate": 40.0, "momentum": 0.9825},
-    {"learning_rate": 40.0, "momentum": 0.98},
-    {"learning_rate": 28.0, "decay_start": 0.25, "momentum": 0.98},
-    {"learning_rate": 40.0, "weight_decay": 0.008},
-    {"learning_rate": 40.0, "decay_start": 0.5, "max_gradient_norm": 0.0015},
-    {"batch_size": 384, "learning_rate": 36.0, "decay_start": 0.5},
+SELECTION = (  # batch size, learning rate, decay start, momentum, max gradient norm, weight decay
+    (256, 44, 0.35, 0.985, 0.0025, 0.006),
+    (256, 28, 0.5, 0.985, 0.005, 0.006),
+    (256, 48, 0.5, 0.985, 0.0025, 0.006),
+    (256, 40, 0.35, 0.985, 0.0025, 0.006),
+    (256, 28, 0.25, 0.985, 0.005, 0.006),
+    (256, 40, 0.35, 0.985, 0.0025, 0.008),
+    (256, 40, 0.5, 0.985, 0.0025, 0.006),
+    (384, 36, 0.5, 0.985, 0.0025, 0.006),
+    (256, 40, 0.25, 0.985, 0.0025, 0.006),
+    (256, 36, 0.5, 0.985, 0.0025, 0.006),
+    (256, 40, 0.5, 0.98, 0.0025, 0.006),
+    (256, 40, 0.35, 0.9825, 0.0025, 0.006),
+    (256, 28, 0.5, 0.985, 0.0025, 0.006),
+    (256, 40, 0.35, 0.98, 0.0025, 0.006),
+    (256, 48, 0.5, 0.98, 0.0025, 0.006),
+    (256, 36, 0.25, 0.985, 0.0025, 0.006),
+    (256, 32, 0.35, 0.985, 0.0025, 0.006),
+    (256, 40, 0.5, 0.985, 0.0015, 0.006),
+    (384, 36, 0.25, 0.985, 0.0025, 0.006),
+    (256, 28, 0.25, 0.985, 0.0025, 0.006),
+    (384, 48, 0.5, 0.98, 0.0025, 0.006),
+    (256, 28, 0.5, 0.98, 0.0025, 0.006),
+    (256, 28, 0.25, 0.98, 0.0025, 0.006),
+    (256, 40, 0.5, 0.985, 0.005, 0.006),
 )
 
 
@@ -233,7 +244,7 @@ def selection(mnist, arguments):
     order = np.random.default_rng(0).permutation(len(mnist.images))
     held_out = mnist.images[order[:10_000]]
     dataset = replace(mnist, images=mnist.images[order[10_000:]], test_images=held_out)
-    rows = [script.Settings(epochs=arguments.epochs, **changes) for changes in SELECTION]
+    rows = [script.Settings(arguments.epochs, *numbers) for numbers in SELECTION]
     columns = [name for name in asdict(rows[0]) if name not in ("epochs", "seed")]
     titles = [name.replace("_", " ") for name in columns]
     print_head(*titles, "training loss", "held-out loss")

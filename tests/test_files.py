@@ -1,21 +1,27 @@
-"""Reading MNIST: its files in every state, failing downloads, and the sample as a fallback."""
+"""Files: data in every state, downloads, and runs that are interrupted, killed and resumed."""
 
 import functools
 import gzip
 import hashlib
 import http.server
 import os
+import pkgutil
+import random
+import re
 import shutil
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, SAMPLE, call, fails, raising, script, snapshot, start, write_idx
+from conftest import call, fails, logged, raising, result_of, script, snapshot, start, write_idx
 from torchvision import datasets
+
+NAMES = IMAGES, LABELS, TEST_IMAGES, _ = script.FILES
 
 
 def compress(raw, names=NAMES, end=None):
@@ -24,13 +30,6 @@ def compress(raw, names=NAMES, end=None):
         content = gzip.compress((raw / name).read_bytes(), mtime=0)
         (raw / f"{name}.gz").write_bytes(content[:end])
         (raw / name).unlink()
-
-
-def test_sample_is_5000_digits_of_all_classes_in_equal_parts():
-    assert SAMPLE.description.startswith("a sample of MNIST, 4000 training and 1000 test images, ")
-    assert np.bincount(SAMPLE.test_labels).tolist() == [100] * 10
-    images = np.concatenate([SAMPLE.images, SAMPLE.test_images])
-    assert images.dtype == np.uint8 and len(np.unique(images, axis=0)) == 5000
 
 
 PLACES = {".": "mine", "raw": "mine", "MNIST/raw": "mine", "Fashion": "Fashion"}
@@ -145,19 +144,12 @@ def test_failed_download_is_an_error_or_a_reason_to_take_the_sample(serve, capsy
 
 def write_header(*numbers):
     """A function that overwrites a file with big-endian numbers and then zeros."""
-    count = np.prod(numbers[1:])
-    return lambda path: path.write_bytes(struct.pack(f">{len(numbers)}i{count}x", *numbers))
+    form = f">{len(numbers)}i{np.prod(numbers[1:])}x"
+    return lambda path: path.write_bytes(struct.pack(form, *numbers))
 
 
-def unpack_as_7_zip_does(path):
-    for name in NAMES:
-        (path.parent / name).rename(path.parents[2] / name.replace("-idx", ".idx"))
-
-
-IMAGES, LABELS, TEST_IMAGES, _ = NAMES
 DAMAGES = {  # the file, what happens to it, and what the message says beside its name
     "missing": (IMAGES, Path.unlink, ["No such file"]),
-    "missing labels": (LABELS, Path.unlink, ["No such file"]),
     "empty": (TEST_IMAGES, lambda path: path.write_bytes(b""), ["0 bytes", "grey images"]),
     "cut": (TEST_IMAGES, lambda path: os.truncate(path, 999), ["(20, 28, 28) and 999 bytes"]),
     "cut archive": (TEST_IMAGES, lambda path: compress(path.parent, [path.name], -1), ["ended"]),
@@ -165,8 +157,7 @@ DAMAGES = {  # the file, what happens to it, and what the message says beside it
     "one image": (IMAGES, write_header(2051, 1, 28, 28), ["(1, 28, 28)", "two or more"]),
     "in colour": (IMAGES, write_header(2052, 9, 28, 28, 3), ["(9, 28, 28, 3)", "grey images"]),
     "other size": (IMAGES, write_header(2051, 9, 32, 32), ["(9, 32, 32)", "784 pixels", "LAYERS"]),
-    "web page": (IMAGES, lambda path: path.write_text("<!DOCTYPE html>"), ["15 bytes"]),
-    "unpacked by 7-Zip": (IMAGES, unpack_as_7_zip_does, ["No such file"]),
+    "renamed": (IMAGES, lambda path: path.rename(path.with_name("images.idx3-ubyte")), []),
 }
 
 
@@ -178,4 +169,120 @@ def test_unusable_files_of_the_user_are_kept_and_no_reason_to_take_the_sample(se
     spoil(raw / name)
     before = snapshot()
     fails(call(), 2, name, *told, *NAMES, ".gz", "--dataset sample")
+    assert snapshot() == before
+
+
+KILLS = int(os.environ.get("KILLS", 2))  # how often a process is killed
+PART = ".part.model.npz"  # a temporary file, which the next run replaces
+CTRL_C, FULL = KeyboardInterrupt, OSError(28, "No space left on device")
+
+
+# An epoch has four steps. The model is saved after each epoch, and finally three plots.
+INSTANTS = [  # the error; what raises it, in which call; complete epochs; end of the message
+    (CTRL_C, "mnist_autoencoder.sgd_step", 16, 3, "--resume continues after epoch 3"),
+    (CTRL_C, "mnist_autoencoder.plot_losses", 1, 4, "--resume continues after epoch 4"),
+    (CTRL_C, "os.replace", 1, 0, "before an epoch was saved"),
+    (CTRL_C, "os.replace", 2, 1, "--resume continues after epoch 1"),
+    (FULL, "numpy.savez", 1, 0, "No space left on device"),
+    (FULL, "matplotlib.figure.Figure.savefig", 3, 4, "No space left on device"),
+    (BrokenPipeError(32, "Broken pipe"), "builtins.print", 3, 2, "Broken pipe"),  # as by head
+    (MemoryError(), "mnist_autoencoder.sgd_step", 16, 3, "MemoryError"),
+]
+
+
+@pytest.mark.parametrize(("error", "name", "at", "done", "told"), INSTANTS)
+def test_whatever_ends_a_run_it_can_be_resumed(small, monkeypatch, error, name, at, done, told):
+    arguments, whole = small
+    if done < 4:  # Then plots would only take time.
+        monkeypatch.setattr(script, "finish", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(name, raising(pkgutil.resolve_name(name), error, at))
+        result = call(*arguments)
+    assert (result.status, len(result.lines)) == (130 if error is CTRL_C else 1, 1)
+    assert result.lines[0].endswith(told)
+    files = {name for name in snapshot() if not re.search(r"/|^\.part\.", name)}
+    assert files == ({"training_log.txt", "model.npz"} if done else set())
+    assert not done or len(logged()) == done
+    assert call(*arguments, *(["--resume"] if done else [])).status == 0
+    assert result_of() == result_of(whole)
+    if done == 4:
+        assert snapshot() == snapshot(whole) | {name: snapshot()[name] for name in files}
+
+
+@pytest.mark.parametrize("flags", [(), ("--seed", 1)])
+def test_a_new_run_leaves_an_earlier_one_until_it_is_saved(small, monkeypatch, no_plots, flags):
+    arguments, whole = small
+    shutil.copytree(whole, ".", dirs_exist_ok=True)
+    Path("training_log.txt").rename("kept elsewhere")
+    Path("training_log.txt").symlink_to("kept elsewhere")
+    Path("plots", "mine.png").write_bytes(b"mine")
+    before = snapshot()
+    for name, at in (("mnist_autoencoder.sgd_step", 4), ("os.replace", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, raising(pkgutil.resolve_name(name), CTRL_C, at))
+            result = call(*arguments, *flags)
+        note, end = result.lines
+        assert {name for name, _ in snapshot().items() - before.items()} <= {PART}
+        assert (result.status, end) == (130, "interrupted before an epoch was saved")
+        assert note.startswith("note: ") and f"of 4 epochs in {Path.cwd()}; " in note
+        assert note.endswith(f" use {'' if flags else '--resume or '}another --output-dir")
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "sgd_step", raising(script.sgd_step, CTRL_C, 8))
+        assert call(*arguments, *flags).lines[-1].endswith("--resume continues after epoch 1")
+    assert len(logged()) == 1 and Path("training_log.txt").is_symlink()
+    assert snapshot().keys() == before.keys() - {f"plots/{name}" for name in script.PLOTS}
+    assert call(*arguments, *flags, "--resume").lines == []
+    assert flags or result_of() == result_of(whole)
+
+
+def kill(process, awaited, rng):
+    """Kill a process at a random instant after it has printed a line, perhaps while it writes."""
+    next(line for line in process.stdout if line.startswith(awaited))
+    time.sleep(rng.uniform(0, 0.15))
+    process.kill()
+    process.communicate()
+
+
+def test_killed_at_random_instants_and_resumed_ends_like_an_unbroken_run():
+    rng, done = random.Random(KILLS), 0
+    write_idx("data", train=300)
+    arguments = ["--data-dir", "data", "--epochs", 8 * (KILLS + 2), "--batch-size", 64]
+    assert call(*arguments, "--output-dir", "whole").status == 0
+    arguments += ["--output-dir", "out"]
+    for _ in range(KILLS):
+        wanted = done + rng.randint(1, 4)
+        kill(start(*arguments, *(["--resume"] if done else [])), f"Epoch {wanted},", rng)
+        log = logged("out")
+        assert [int(number) for number, _, _ in log] == list(range(1, len(log) + 1))
+        done = len(script.load_run("out/model.npz").losses)
+        assert wanted <= done and len(log) in (done - 1, done)
+    assert call(*arguments, "--resume").status == 0
+    assert result_of("out") == result_of("whole")
+    assert snapshot("out").keys() == snapshot("whole").keys()
+    assert f"# From epoch {done + 1} on: " in script.load_run("out/model.npz").log
+    shutil.copytree("whole", "out", dirs_exist_ok=True)
+    for _ in range(KILLS):  # within the first epoch of a new run over a finished one
+        kill(start(*arguments, "--seed", 1), "# From epoch 1 on", rng)
+        changes = {name for name, _ in snapshot("out").items() - snapshot("whole").items()}
+        if not changes <= {PART}:
+            assert call(*arguments, "--seed", 1, "--resume").status == 0
+            assert "# seed: 1" in result_of("out")[0]
+            shutil.copytree("whole", "out", dirs_exist_ok=True)
+
+
+SPOILED = {  # what happens to a finished run, and what is said of it
+    "no model": (lambda: os.remove("model.npz"), "a run without --resume writes this file"),
+    "no end": (lambda: os.truncate("model.npz", os.path.getsize("model.npz") - 30), "model.npz"),
+    "no log": (lambda: np.savez("model.npz", parameters=np.zeros(5)), "model.npz"),
+    "no plots": (lambda: Path("plots").rename("p") and Path("plots").touch(), "--output-dir"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_spoiled_run_is_one_line_and_left_as_it_is(small, kind):
+    shutil.copytree(small[1], ".", dirs_exist_ok=True)
+    spoil, told = SPOILED[kind]
+    spoil()
+    before = snapshot()
+    fails(call(*small[0], "--resume"), 2, told)
     assert snapshot() == before
