@@ -390,8 +390,7 @@ def load_data(choice: str = "auto", data_dir: str | Path | None = None) -> Datas
     places = [root, *root.glob("*"), *root.glob("*/raw")]
     folders = sorted({file.parent for place in places for file in place.glob("*ubyte*")})
     if len(folders) > 1:
-        both = f"{folders[0]} and {folders[1]} hold such files"
-        raise InputError(f"{both}: give the one with the wanted data as --data-dir")
+        raise InputError(f"{folders[0]} and {folders[1]} both hold data: choose with --data-dir")
     folder = folders[0] if folders else root / "MNIST" / "raw"
     download = choice != "sample" and not folders
     try:
@@ -408,8 +407,8 @@ def load_data(choice: str = "auto", data_dir: str | Path | None = None) -> Datas
             print(f"warning: {problem}; using a sample of 5,000 images", file=sys.stderr)
             return load_data("sample")
         files = ", ".join(FILES)
-        advice = f"put {files} there, as they are or as .gz, or use --dataset sample"
-        raise InputError(f"{problem}: {advice}") from error
+        advice = "" if choice == "sample" else ", or use --dataset sample"
+        raise InputError(f"{problem}: put {files} there, as they are or as .gz{advice}") from error
 
 
 # -------------------------------------------------------------------------------------------- run

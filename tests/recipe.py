@@ -350,17 +350,18 @@ def code_sizes(mnist, arguments):
     rows = {"original": (script.to_pixels(mnist.test_images[chosen]), None)}
     for size in (script.CODE_SIZE, 32, 8, 2):
         network, pca = decoded_images(size, mnist, chosen, arguments.model)
-        rows[f"{size} numbers"] = network
-        rows[f"PCA, {size}"] = pca
-    figure = Figure(figsize=(8.3, 7.6), dpi=150, layout="constrained")
-    axes = figure.subplots(len(rows), 1)
+        rows[f"autoencoder, {size} numbers"] = network
+        rows[f"PCA, {size} numbers"] = pca
+    figure = Figure(figsize=(6, 5.6), dpi=200)
+    axes = figure.subplots(len(rows), 1, gridspec_kw={"hspace": 0.08})
+    axes[0].set_title("Test digits, restored from codes of 128, 32, 8 and 2 numbers")
     for axis, (name, (images, loss)) in zip(axes, rows.items(), strict=True):
         axis.imshow(np.hstack(images.reshape(-1, *mnist.image_shape)), "gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
         if loss is not None:
             axis.text(1.01, 0.5, f"MSE {loss:.4f}", transform=axis.transAxes, va="center")
-    figure.savefig(ROOT / "plots" / "code_sizes.png")
+    figure.savefig(ROOT / "plots" / "code_sizes.png", bbox_inches="tight")
 
 
 # Bytes of a code. --------------------------------------------------------------------------------
