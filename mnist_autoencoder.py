@@ -457,8 +457,8 @@ def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
             log = str(file["log"])
             for found, expected in zip(log.splitlines(), header.splitlines(), strict=False):
                 if found != expected:
-                    advice = "a run keeps its network, data and settings, as its learning rate "
-                    advice += "follows them; restore them, or use another --output-dir"
+                    advice = "a run keeps its network, data and settings (the learning rate follows "
+                    advice += "the number of epochs): restore them, or use another --output-dir"
                     raise ValueError(f"its log says {found!r} instead of {expected!r}")
             model = Autoencoder(file["mean_image"])
             model.parameters[:] = file["parameters"]
@@ -501,7 +501,7 @@ def save_epoch(run: Run, losses: list[float], line: str, output: Path) -> None:
     log = f"{run.log}{line}\n"
     arrays = {"mean_image": run.model.mean_image, "parameters": run.model.parameters}
     arrays |= {"velocity": run.velocity, "losses": all_losses, "log": log}
-    # Until this line, all files are those of an earlier run. After it, --resume completes them.
+    # Up to here, all files are those of an earlier run. If a kill comes later, --resume mends them.
     write_atomically(output / "model.npz", partial(np.savez, **arrays))
     run.losses = all_losses  # after saving, so that main never reports an epoch that is not saved
     run.log = log
