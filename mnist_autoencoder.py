@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.26", "torchvision>=0.17", "matplotlib>=3.8", "scikit-learn>=1.5",
-#     "joblib>=1.3", "threadpoolctl>=3.1", "tqdm>=4.66"]
+#     "joblib>=1.3", "threadpoolctl>=3.5", "tqdm>=4.66"]
 # ///
 """A deep autoencoder for MNIST, from scratch in NumPy.
 
@@ -61,7 +61,7 @@ class Settings:
     # single large step could push every output below 0 or above 1, where the derivative of the
     # output layer's activation is 0. All gradients would then be 0, and learning would stop.
     max_gradient_norm: float = 0.0025
-    weight_decay: float = 0.006  # of weights and biases; divided by the number of images
+    weight_decay: float = 0.006  # of weights and biases; divided by the number of training images
     seed: int = 0  # for the random initial weights and the shuffling of the images
 
 
@@ -69,7 +69,7 @@ class Settings:
 # An activation function returns its value at z and its derivative there.
 def elu(z):
     """z where z > 0, exp(z) - 1 elsewhere (Clevert et al. 2016, arxiv.org/abs/1511.07289)."""
-    # Where z > 0, this is exp(0) = 1, the derivative there. Elsewhere, exp(z) - 1 is never below z.
+    # The derivative is exp(0) = 1 where z > 0. Elsewhere, exp(z) - 1 is never below z.
     # np.where and np.expm1 are much slower. The -80 avoids subnormal numbers, which are slow, too.
     derivative = np.exp(np.clip(z, -80, 0))
     return np.maximum(z, derivative - 1), derivative
@@ -160,7 +160,7 @@ class Autoencoder:
         return self.apply_layers(images - self.mean_image, range(len(self.layers)))
 
     def apply_layers(self, a: np.ndarray, chosen: range) -> tuple[list[np.ndarray], list]:
-        """Activations, from the input a of the first chosen layer on, and derivatives."""
+        """The activations, beginning with the input a, and the derivatives of the chosen layers."""
         weights, biases = self.split(self.parameters)
         activations = [a]
         derivatives = []
@@ -207,11 +207,11 @@ class Autoencoder:
             x = to_pixels(x)
         low = x.min(initial=0)
         high = x.max(initial=1)
-        if np.isnan(high):
-            raise ValueError("some pixels are NaN: replace them")
+        if not np.isfinite(high - low):
+            raise ValueError("some pixels are NaN or infinite: replace them")
         if low < 0 or high > 1:
-            advice = "divide by 255" if high > 10 else "clip to [0, 1]"
-            raise ValueError(f"pixels from {low:g} to {high:g} instead of 0 to 1: {advice}")
+            advice = "divide by 255" if high > 10 else "rescale, or clip to [0, 1] if this is noise"
+            raise ValueError(f"pixels from {low:.9g} to {high:.9g} instead of 0 to 1: {advice}")
         x = np.asarray(x, self.mean_image.dtype).reshape(-1, size)
         parts = np.array_split(x, len(x) // 1000 + 1)  # as all layers of all images need gigabytes
         return np.concatenate([self.forward(part)[0][self.code_index] for part in parts])
@@ -249,7 +249,7 @@ def reconstruction_loss(model: Autoencoder, images: np.ndarray) -> float:
 def default_learning_rate(batch_size: int) -> float:
     """The default peak learning rate for a batch size (Goyal et al., arxiv.org/abs/1706.02677)."""
     ratio = batch_size / 256  # Settings.learning_rate is for 256 images.
-    # Proportional up to 256 images, then to the square root, or it would become too large.
+    # Proportional to the size up to 256, above to its square root, or it would be too large.
     return Settings.learning_rate * min(ratio, ratio**0.5)
 
 
@@ -355,7 +355,7 @@ def read_dataset(mnist, folder: Path) -> Dataset:
         if not path.exists():
             content = gzip.decompress(path.with_name(f"{name}.gz").read_bytes())
             write_atomically(path, partial(Path.write_bytes, data=content))
-        # A file begins with 2048 plus the number of its dimensions, whose sizes follow.
+        # The first number is 2048 + the number of dimensions (0 if it is empty), then their sizes.
         header = [*np.fromfile(path, ">i4", 5).tolist(), 0]
         shape = tuple(header[1 : header[0] - 2047])
         if "images" in name:
@@ -365,7 +365,7 @@ def read_dataset(mnist, folder: Path) -> Dataset:
         size = path.stat().st_size
         if not fits or size != 4 + 4 * len(shape) + np.prod(shape):
             needed = f"two or more grey images of {IMAGE_SIZE} pixels (see LAYERS) and their labels"
-            raise ValueError(f"{name} has the shape {shape} and {size} bytes; needed are {needed}")
+            raise ValueError(f"{name} has the shape {shape} and {size} bytes instead of {needed}")
         # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
         arrays.append(np.from_dlpack(mnist.read_sn3_pascalvincent_tensor(path)))
     checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
@@ -386,10 +386,10 @@ def load_data(choice: str = "auto", data_dir: str | Path | None = None) -> Datas
     root = SAMPLE_DIR if choice == "sample" else Path(os.path.expanduser(data_dir or "data"))
     if data_dir and not root.is_dir():
         raise InputError(f"there is no directory {root}: correct --data-dir")
-    # Any folder with files named like MNIST's counts, so that MNIST never takes their place.
+    # A folder counts if a file in it is named like MNIST's, so that MNIST never takes its place.
     places = [root, *root.glob("*"), *root.glob("*/raw")]
     folders = sorted({file.parent for place in places for file in place.glob("*ubyte*")})
-    if len(folders) > 1:
+    if len(folders) > 1 and folders[0] != root:  # which comes first
         raise InputError(f"{folders[0]} and {folders[1]} both hold data: choose with --data-dir")
     folder = folders[0] if folders else root / "MNIST" / "raw"
     download = choice != "sample" and not folders
@@ -403,12 +403,12 @@ def load_data(choice: str = "auto", data_dir: str | Path | None = None) -> Datas
         return read_dataset(mnist, folder)
     except Exception as error:
         problem = f"no usable data in {folder} ({explain(error)})"
-        if download and choice == "auto" and not data_dir:  # Nobody's own data are passed over.
+        if download and choice == "auto" and not data_dir:
             print(f"warning: {problem}; using a sample of 5,000 images", file=sys.stderr)
             return load_data("sample")
-        files = ", ".join(FILES)
+        names = ", ".join(FILES)
         advice = "" if choice == "sample" else ", or use --dataset sample"
-        raise InputError(f"{problem}: put {files} there, as they are or as .gz{advice}") from error
+        raise InputError(f"{problem}: put {names} there, as they are or as .gz{advice}") from error
 
 
 # -------------------------------------------------------------------------------------------- run
@@ -418,7 +418,7 @@ Baselines = namedtuple("Baselines", ["mean_image_loss", "pca_loss", "pca", "pca_
 
 def compute_baselines(dataset: Dataset) -> Baselines:
     """The test losses of the mean training image and of PCA with codes of the network's size."""
-    components = min(CODE_SIZE, IMAGE_SIZE, len(dataset.images))  # at most as many as images
+    components = min(CODE_SIZE, IMAGE_SIZE, len(dataset.images))  # no more than there are images
     pca = PCA(components, svd_solver="covariance_eigh").fit(to_pixels(dataset.images))
     pixels = to_pixels(dataset.test_images)
     pca_loss = np.mean(np.square(pca.inverse_transform(pca.transform(pixels)) - pixels))
@@ -457,7 +457,7 @@ def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
             log = str(file["log"])
             for found, expected in zip(log.splitlines(), header.splitlines(), strict=False):
                 if found != expected:
-                    advice = "a run keeps its network, data and settings (the learning rate follows "
+                    advice = "a run keeps network, data and settings (the learning rate follows "
                     advice += "the number of epochs): restore them, or use another --output-dir"
                     raise ValueError(f"its log says {found!r} instead of {expected!r}")
             model = Autoencoder(file["mean_image"])
@@ -468,7 +468,7 @@ def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
 
 
 def start_run(resume: bool, dataset, settings, baselines: Baselines, output: Path) -> Run:
-    """A new run, or the one in `output`, which is prepared for saving it. Raises InputError."""
+    """A new run, or the saved one in `output`; also creates `output`. Raises InputError."""
     facts = {"network": NETWORK, "data": dataset.description, **asdict(settings)}
     header = "".join(f"# {name}: {value}\n" for name, value in facts.items())
     path = output / "model.npz"
@@ -479,11 +479,12 @@ def start_run(resume: bool, dataset, settings, baselines: Baselines, output: Pat
         log = f"{header}# Test Loss of the mean image: {baselines.mean_image_loss:.6f}\n"
         log += f"# Test Loss of {baselines.pca_name}: {baselines.pca_loss:.6f}\n"
         run = Run(model, np.zeros_like(model.parameters), losses=[], log=log)
-        with contextlib.suppress(Exception), np.load(path) as file:  # if there is one
-            ways = "--resume or another" if str(file["log"]).startswith(header) else "another"
-            old = f"the run of {len(file['losses'])} epochs in {output.resolve()}"
-            note = f"note: the first new epoch will replace {old}; to keep it, use"
-            print(f"{note} {ways} --output-dir", file=sys.stderr)
+        with contextlib.suppress(OSError, UnicodeError):  # There may be no earlier log.
+            old_log = (output / "training_log.txt").read_text(encoding="utf-8")
+            resume_or = "--resume or " if path.exists() and old_log.startswith(header) else ""
+            old_run = f"the run in {output.resolve()} (epochs: {old_log.count('Time: ')})"
+            advice = f"to keep it, use {resume_or}another --output-dir"
+            print(f"note: the first new epoch will replace {old_run}; {advice}", file=sys.stderr)
     try:
         (output / "plots").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -501,7 +502,7 @@ def save_epoch(run: Run, losses: list[float], line: str, output: Path) -> None:
     log = f"{run.log}{line}\n"
     arrays = {"mean_image": run.model.mean_image, "parameters": run.model.parameters}
     arrays |= {"velocity": run.velocity, "losses": all_losses, "log": log}
-    # Up to here, all files are those of an earlier run. If a kill comes later, --resume mends them.
+    # Until this line, a new run leaves an earlier run's files alone. From here on, --resume works.
     write_atomically(output / "model.npz", partial(np.savez, **arrays))
     run.losses = all_losses  # after saving, so that main never reports an epoch that is not saved
     run.log = log
@@ -549,7 +550,7 @@ def plot_losses(losses, baselines: Baselines, name: str, settings: Settings) -> 
     axes.axhline(baselines.pca_loss, c="k", ls=":", label=f"PCA, test: {baselines.pca_loss:.5f}")
     fall = settings.decay_start * len(losses)
     if settings.decay_start < 1:
-        axes.axvline(fall, c="gray", lw=0.8, label=f"learning rate falls from epoch {fall:g} on")
+        axes.axvline(fall, c="gray", lw=0.8, label=f"learning rate falls after epoch {fall:g}")
     axes.set(title=f"Loss on {name}", xlabel="epoch", ylabel="mean squared error", yscale="log")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -561,25 +562,25 @@ def plot_losses(losses, baselines: Baselines, name: str, settings: Settings) -> 
 
 
 def plot_latent_space(model: Autoencoder, dataset: Dataset) -> Figure:
-    """The codes of the test images in a plane, and the images that its points are decoded to."""
+    """The test images' codes in a plane, and the images decoded from a grid of its points."""
     codes = model.encode(dataset.test_images)
     if CODE_SIZE > 2:
         pca = PCA(2, svd_solver="full").fit(codes)
         origin = pca.mean_
-        axes = pca.components_
+        directions = pca.components_
         first, second = [f"{share:.1%} of the variance" for share in pca.explained_variance_ratio_]
         labels = [f"first principal component ({first})", f"second principal component ({second})"]
     else:
         origin = np.zeros(CODE_SIZE)
-        axes = np.eye(2, CODE_SIZE)
+        directions = np.eye(2, CODE_SIZE)
         labels = [*["first number of the code", "second number of the code"][:CODE_SIZE], ""]
-    points = (codes - origin) @ axes.T
+    points = (codes - origin) @ directions.T
     # A square around all points, and the centres of 15 x 15 cells in it.
     middle = (points.min(axis=0) + points.max(axis=0)) / 2
     reach = np.ptp(points, axis=0).max() / 2 or 1
     steps = (np.arange(15) - 7) / 7.5 * reach
     x, y = np.meshgrid(middle[0] + steps, middle[1] - steps)
-    images = model.decode(origin + np.column_stack([x.ravel(), y.ravel()]) @ axes)
+    images = model.decode(origin + np.column_stack([x.ravel(), y.ravel()]) @ directions)
     picture = np.block([[*row] for row in images.reshape(15, 15, *dataset.image_shape)])
     figure = Figure(figsize=(12, 6.4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -640,7 +641,7 @@ def finish(run: Run, dataset: Dataset, baselines: Baselines, settings: Settings,
         advice = f"try more epochs or images, or another --lr (default: {default:g})"
         print(f"warning: the network has learned next to nothing; {advice}", file=sys.stderr)
     if dataset.name == SAMPLE:
-        print("this was a sample of MNIST; its losses are not those of all of MNIST")
+        print("this was a sample of MNIST; losses on all of MNIST are different")
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -224,7 +224,7 @@ def test_a_new_run_leaves_an_earlier_one_until_it_is_saved(small, monkeypatch, n
         note, end = result.lines
         assert {name for name, _ in snapshot().items() - before.items()} <= {PART}
         assert (result.status, end) == (130, "interrupted before an epoch was saved")
-        assert note.startswith("note: ") and f"of 4 epochs in {Path.cwd()}; " in note
+        assert note.startswith("note: ") and f" in {Path.cwd()} (epochs: 4); " in note
         assert note.endswith(f" use {'' if flags else '--resume or '}another --output-dir")
     with monkeypatch.context() as patch:
         patch.setattr(script, "sgd_step", raising(script.sgd_step, CTRL_C, 8))

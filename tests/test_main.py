@@ -30,7 +30,7 @@ def test_a_run_writes_a_log_with_a_header_a_model_and_three_plots():
     assert (result.status, result.err) == (0, "") and result.out.startswith(read_log())
     last, pca = EPOCH.findall(read_log())[-1][2], re.search(r"PCA with .*: .*", read_log())[0]
     files = f"training_log.txt, plots and model.npz are in {Path.cwd()}"
-    sample = "this was a sample of MNIST; its losses are not those of all of MNIST"
+    sample = "this was a sample of MNIST; losses on all of MNIST are different"
     assert result.out.splitlines()[-3:] == [files, f"test loss: {last}; {pca}", sample]
     assert len({*lines}) == len(lines)  # No line is there twice.
     for field in fields(script.Settings):
@@ -59,7 +59,7 @@ def test_loss_curve_shows_every_epoch_and_pca_and_names_the_last_losses(losses, 
     assert [set(fall[0]) for fall in falls] == [{len(losses) / 2}] * (start < 1)
     legend = [f"training (epoch mean): {losses[-1][0]:.5f}", f"test: {losses[-1][1]:.5f}"]
     legend += ["PCA, test: 0.01230"]
-    legend += [f"learning rate falls from epoch {len(losses) / 2:g} on"] * len(falls)
+    legend += [f"learning rate falls after epoch {len(losses) / 2:g}"] * len(falls)
     assert [text.get_text() for text in axes.get_legend().texts] == legend
     low, high = axes.get_xlim()
     assert [tick for tick in axes.get_xticks() if low < tick < high] == ticks
