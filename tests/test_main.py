@@ -111,7 +111,7 @@ def test_reconstructions_show_one_image_per_digit_its_outputs_and_errors():
         b = pca.inverse_transform(pca.transform([x]))[0]
         shown = [np.ravel(cell.images[0].get_array()) for cell in column]
         np.testing.assert_allclose(shown, [x, a, a - x, b, b - x], atol=1e-5)
-        assert [cell.images[0].get_clim()[0] for cell in column] == [0, 0, -0.5, 0, -0.5]
+        assert [c.images[0].get_clim() for c in column] == [(0, 1), *[(0, 1), (-0.5, 0.5)] * 2]
         for cell, output in ((column[2], a), (column[4], b)):
             assert cell.get_xlabel() == f"MSE {np.mean((output - x) ** 2):.4f}"
 
