@@ -8,8 +8,7 @@
 `python mnist_autoencoder.py` trains a 784-512-256-128-256-512-784 network to compress each 28x28
 image to a latent code of 128 numbers and to reconstruct the image from that code. After 100 epochs,
 its mean squared error is 0.00066 on the training images and 0.00079 on the test images, where PCA
-reaches 0.00421 with codes of the same size. To experiment, edit Settings and LAYERS, the tables
-from which everything else follows.
+reaches 0.00421 with codes of the same size. To experiment, edit the tables Settings and LAYERS.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import os
 import platform
 import socket
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass
@@ -52,14 +52,13 @@ class Settings:
 
     epochs: int = 100  # passes over the training images
     batch_size: int = 256  # images per mini-batch
-    # Peak learning rate for 256 images per mini-batch. `main` adapts it to other sizes.
-    # It is large because a mean over pixels has small gradients.
+    # The peak, for 256 images (`main` adapts it). Large, as a mean over pixels has small gradients.
     learning_rate: float = 44.0
     decay_start: float = 0.35  # After this fraction of the run, the rate begins to fall to 0.
     momentum: float = 0.985  # sgd_step's velocity is then roughly the sum of 67 gradients
-    # Gradient clipping: a gradient with a larger norm is scaled down to this norm. Otherwise, a
-    # single large step could push every output below 0 or above 1, where the derivative of the
-    # output layer's activation is 0. All gradients would then be 0, and learning would stop.
+    # Gradient clipping: a larger gradient is scaled down to this norm. Otherwise, one large step
+    # could push all outputs below 0 or above 1, where the derivative of clip is 0. All gradients
+    # would then be 0, and learning would stop.
     max_gradient_norm: float = 0.0025
     weight_decay: float = 0.006  # of weights and biases; divided by the number of training images
     seed: int = 0  # for the random initial weights and the shuffling of the images
@@ -105,7 +104,7 @@ class Autoencoder:
     """The network: its parameters, forward pass and backward pass.
 
     A mini-batch of n images is a matrix x of shape (n, 784), one image per row, with pixels in
-    [0, 1]. Starting from a_0 = x - mean image, the layers k = 0 ... 5 compute
+    [0, 1]. From a_0 = x - mean image, the layers k = 0 ... 5 compute
 
         z_(k+1) = a_k W_k + b_k
         a_(k+1) = f_k(z_(k+1))
@@ -114,28 +113,25 @@ class Autoencoder:
 
         loss = sum((a_6 - x)^2) / (784 n)
 
-    The latent code is the output of the narrowest hidden layer (the first, if several are equal):
-    here a_3, of shape (n, 128). The numbers in these docstrings are those of LAYERS as it stands.
+    The latent code is a_(code_index), the output of the narrowest hidden layer (the first, if
+    several are equal): here a_3, of shape (n, 128). The numbers are those of LAYERS as it stands.
+    `mean_image` has the shape (784,); the vector `parameters` holds all weights and biases.
 
     The output layer clips to [0, 1], because four fifths of MNIST's pixels are exactly 0. No
     gradient flows through a clipped output, so an output learns only from images for which it is
     not clipped. A pixel that is 0 in all training images starts at 0 and stays there, as it should.
 
     Weights are drawn from a normal distribution with variance 2 / inputs (He et al. 2015,
-    arxiv.org/abs/1502.01852); biases start at 0. The output layer is different: its weights start
-    at 0 and its biases at the mean image, so that the untrained network reconstructs every image as
-    the mean image. Random weights would clip many outputs from the start. In the first step, zero
-    weights pass no gradient back to the other layers; after it, most of these weights are not 0.
-
-    `mean_image` is the mean of the training images, shape (784,), in [0, 1]. The vector
-    `parameters` holds all weights and biases, and a_(code_index) is the code.
+    arxiv.org/abs/1502.01852); biases start at 0. The output layer's weights start at 0 and its
+    biases at the mean image, which the untrained network then outputs. Random weights would clip
+    many outputs. Zero weights pass no gradient back, but only in the first step.
     """
 
     def __init__(self, mean_image, seed=0, layers=LAYERS, dtype=np.float32):
         self.mean_image = np.asarray(mean_image, dtype)
         self.layers = layers
-        hidden_sizes = [layer.outputs for layer in layers[:-1]]
-        self.code_index = hidden_sizes.index(min(hidden_sizes)) + 1  # Layer k computes a_(k+1).
+        narrowest = np.argmin([layer.outputs for layer in layers[:-1]])
+        self.code_index = narrowest + 1  # Layer k computes a_(k+1).
         size = sum((layer.inputs + 1) * layer.outputs for layer in layers)
         self.parameters = np.zeros(size, dtype)
         weights, biases = self.split(self.parameters)
@@ -207,28 +203,30 @@ class Autoencoder:
             x = to_pixels(x)
         low = x.min(initial=0)
         high = x.max(initial=1)
-        if not np.isfinite(high - low):
+        if not np.isfinite([low, high]).all():
             raise ValueError("some pixels are NaN or infinite: replace them")
         if low < 0 or high > 1:
-            advice = "divide by 255" if high > 10 else "rescale, or clip to [0, 1] if this is noise"
+            advice = "divide by 255" if low == 0 and high > 10 else "rescale, or clip to [0, 1]"
             raise ValueError(f"pixels from {low:.9g} to {high:.9g} instead of 0 to 1: {advice}")
         x = np.asarray(x, self.mean_image.dtype).reshape(-1, size)
         parts = np.array_split(x, len(x) // 1000 + 1)  # as all layers of all images need gigabytes
         return np.concatenate([self.forward(part)[0][self.code_index] for part in parts])
 
     def decode(self, codes) -> np.ndarray:
-        """The images (n, 784), pixels in [0, 1], decoded from latent codes (n, 128)."""
+        """The images (n, 784), in [0, 1], of codes (n, 128) or (128,); ValueError for others."""
         a = np.atleast_2d(np.asarray(codes, self.mean_image.dtype))
+        size = self.layers[self.code_index].inputs
+        if a.shape[1:] != (size,) or not np.isfinite(a).all():
+            raise ValueError(f"codes of {size} finite numbers are needed; the shape is {a.shape}")
         return self.apply_layers(a, range(self.code_index, len(self.layers)))[0][-1]
 
 
-# What the rest of the script needs to know about LAYERS.
 INPUTS = [layer.inputs for layer in LAYERS]
 OUTPUTS = [layer.outputs for layer in LAYERS]
-if len(LAYERS) < 2:
-    sys.exit(f"error: LAYERS in {__file__} have no hidden layer, whose output would be the code")
-if [*INPUTS[1:], INPUTS[0]] != OUTPUTS:
-    sys.exit(f"error: LAYERS in {__file__}: outputs {OUTPUTS} do not fit the inputs {INPUTS}")
+if len(LAYERS) < 2 or [*INPUTS[1:], INPUTS[0]] != OUTPUTS or min(OUTPUTS) < 1:
+    needed = f"a hidden layer and positive sizes that fit, not inputs {INPUTS}, outputs {OUTPUTS}"
+    print(f"error: LAYERS in {__file__} need {needed}", file=sys.stderr)
+    sys.exit(2)
 IMAGE_SIZE = INPUTS[0]
 CODE_SIZE = min(OUTPUTS[:-1])
 NETWORK = "-".join(str(size) for size in (IMAGE_SIZE, *OUTPUTS))
@@ -269,9 +267,9 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
         parameters <- parameters - learning_rate * (g + v)
 
     Nesterov momentum evaluates the gradient at a look-ahead point, where the velocity alone would
-    take the parameters (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). That
-    point is what `parameters` stores, so each step undoes the last look-ahead and adds the next
-    one. Without clipping, a step equals one of torch.optim.SGD with nesterov=True.
+    take the parameters (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). That is
+    what `parameters` stores, so each step undoes the last look-ahead and adds the next one.
+    Without clipping, a step equals one of torch.optim.SGD with nesterov=True.
     """
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:
@@ -285,10 +283,7 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
 
 
 def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Settings) -> float:
-    """Train for one epoch, numbered from 1 on, with uint8 images (n, 784); return its loss.
-
-    Updates model.parameters and velocity. The loss of a mini-batch is measured before its step.
-    """
+    """Train for epoch 1, 2, ... with uint8 images (n, 784); update velocity; return the loss."""
     batch_starts = range(0, len(images), settings.batch_size)
     total_steps = settings.epochs * len(batch_starts)
     first_step = (epoch - 1) * len(batch_starts)
@@ -301,7 +296,7 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
         batch = to_pixels(images[chosen])
         activations, derivatives = model.forward(batch)
         difference = activations[-1] - batch
-        square_sum += float(np.sum(np.square(difference)))
+        square_sum += float(np.sum(np.square(difference)))  # before the step
         gradient = model.backward(activations, derivatives, difference)
         learning_rate = scheduled_learning_rate(step, total_steps, settings)
         sgd_step(model.parameters, velocity, gradient, learning_rate, decay, settings)
@@ -330,8 +325,8 @@ SAMPLE = "a sample of MNIST"
 SAMPLE_DIR = Path(__file__).resolve().parent / "data" / "sample"
 # The names of data sets by checksum. Any other data set is named after its directory.
 NAMES = {"06b0d1f124c4e5fa": "MNIST", "8a7adbe9b5c3bf45": SAMPLE}
-FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
-FILES += ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, "
+FILES += "t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
 SERVER_TIMEOUT = 30  # seconds until a server that does not answer is given up
 
 
@@ -340,34 +335,31 @@ def explain(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call write(temporary file), then rename that file, so that `path` is never half-written."""
-    temporary = path.with_name(f".part.{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def read_dataset(mnist, folder: Path) -> Dataset:
-    """Read the four files in `folder`, or their archives. Raises many types of exception."""
+    """Read the four files in `folder`, or their .gz archives. Raises ValueError."""
     arrays = []
-    for name in FILES:
-        path = folder / name
-        if not path.exists():
-            content = gzip.decompress(path.with_name(f"{name}.gz").read_bytes())
-            write_atomically(path, partial(Path.write_bytes, data=content))
-        # The first number is 2048 + the number of dimensions (0 if it is empty), then their sizes.
-        header = [*np.fromfile(path, ">i4", 5).tolist(), 0]
-        shape = tuple(header[1 : header[0] - 2047])
-        if "images" in name:
-            fits = len(shape) == 3 and shape[0] > 1 and shape[1] * shape[2] == IMAGE_SIZE
-        else:
-            fits = shape == (len(arrays[-1]),)
-        size = path.stat().st_size
-        if not fits or size != 4 + 4 * len(shape) + np.prod(shape):
-            needed = f"two or more grey images of {IMAGE_SIZE} pixels (see LAYERS) and their labels"
-            raise ValueError(f"{name} has the shape {shape} and {size} bytes instead of {needed}")
-        # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
-        arrays.append(np.from_dlpack(mnist.read_sn3_pascalvincent_tensor(path)))
+    try:
+        with tempfile.TemporaryDirectory() as unpacked:  # because `folder` may be read-only
+            for name in FILES.split(", "):
+                path = folder / name
+                if not path.exists():
+                    path = Path(unpacked, name)
+                    path.write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
+                # The first number is 2048 + the number of dimensions; then their sizes follow.
+                header = [*np.fromfile(path, ">i4", 5).tolist(), 0]  # only [0] for an empty file
+                shape = tuple(header[1 : header[0] - 2047])
+                if "images" in name:
+                    fits = len(shape) == 3 and shape[0] > 1 and shape[1] * shape[2] == IMAGE_SIZE
+                else:
+                    fits = shape == (len(arrays[-1]),)
+                if not fits:
+                    needed = f"grey images of {IMAGE_SIZE} pixels (set by LAYERS) and their labels"
+                    raise ValueError(f"its shape is {shape} instead of two or more {needed}")
+                # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
+                tensor = mnist.read_sn3_pascalvincent_tensor(path, strict=False)
+                arrays.append(np.from_dlpack(tensor))
+    except Exception as error:  # such as an EOFError that does not say which archive is cut
+        raise ValueError(f"{name} is missing, cut or unusable: {explain(error)}") from error
     checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
     own_names = [part for part in folder.resolve().parts if part not in ("MNIST", "raw")]
     name = NAMES.get(checksum, own_names[-1])
@@ -379,6 +371,8 @@ def read_dataset(mnist, folder: Path) -> Dataset:
 
 def load_data(choice: str = "auto", data_dir: str | Path | None = None) -> Dataset:
     """The data set for --dataset and --data-dir. Raises InputError or ImportError."""
+    if choice == "sample" and data_dir:
+        raise InputError("--data-dir and --dataset sample exclude each other")
     try:
         from torchvision.datasets import mnist  # here, because PyTorch takes seconds to import
     except Exception as error:  # RuntimeError, for example, if it was built for another PyTorch
@@ -397,18 +391,20 @@ def load_data(choice: str = "auto", data_dir: str | Path | None = None) -> Datas
         if download:
             print(f"downloading MNIST to {folder}", file=sys.stderr)
             socket.setdefaulttimeout(SERVER_TIMEOUT)
-            unfinished = root / "MNIST" / "download"  # where no data are looked for
-            mnist.MNIST(unfinished, download=True)
-            os.renames(unfinished / "MNIST" / "raw", folder)
+            root.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root) as temporary:  # where no data are looked for
+                mnist.MNIST(temporary, download=True)
+                os.renames(Path(temporary, "MNIST", "raw"), folder)
         return read_dataset(mnist, folder)
     except Exception as error:
-        problem = f"no usable data in {folder} ({explain(error)})"
+        problem = f"no usable data in {root if download else folder} ({explain(error)})"
         if download and choice == "auto" and not data_dir:
             print(f"warning: {problem}; using a sample of 5,000 images", file=sys.stderr)
             return load_data("sample")
-        names = ", ".join(FILES)
-        advice = "" if choice == "sample" else ", or use --dataset sample"
-        raise InputError(f"{problem}: put {names} there, as they are or as .gz{advice}") from error
+        if choice == "sample":
+            raise InputError(f"{problem}: restore it, or LAYERS") from error
+        advice = f"put {FILES} there, or only their .gz archives, or use the sample"
+        raise InputError(f"{problem}: {advice} (--dataset sample, no --data-dir)") from error
 
 
 # -------------------------------------------------------------------------------------------- run
@@ -457,8 +453,8 @@ def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
             log = str(file["log"])
             for found, expected in zip(log.splitlines(), header.splitlines(), strict=False):
                 if found != expected:
-                    advice = "a run keeps network, data and settings (the learning rate follows "
-                    advice += "the number of epochs): restore them, or use another --output-dir"
+                    advice = "a run keeps network, data and settings (its learning rate follows "
+                    advice += "--epochs): restore them, or start anew in another --output-dir"
                     raise ValueError(f"its log says {found!r} instead of {expected!r}")
             model = Autoencoder(file["mean_image"])
             model.parameters[:] = file["parameters"]
@@ -472,6 +468,7 @@ def start_run(resume: bool, dataset, settings, baselines: Baselines, output: Pat
     facts = {"network": NETWORK, "data": dataset.description, **asdict(settings)}
     header = "".join(f"# {name}: {value}\n" for name, value in facts.items())
     path = output / "model.npz"
+    log_path = output / "training_log.txt"
     if resume:
         run = load_run(path, header)
     else:
@@ -479,10 +476,12 @@ def start_run(resume: bool, dataset, settings, baselines: Baselines, output: Pat
         log = f"{header}# Test Loss of the mean image: {baselines.mean_image_loss:.6f}\n"
         log += f"# Test Loss of {baselines.pca_name}: {baselines.pca_loss:.6f}\n"
         run = Run(model, np.zeros_like(model.parameters), losses=[], log=log)
-        with contextlib.suppress(OSError, UnicodeError):  # There may be no earlier log.
-            old_log = (output / "training_log.txt").read_text(encoding="utf-8")
-            resume_or = "--resume or " if path.exists() and old_log.startswith(header) else ""
+        old_log = ""
+        with contextlib.suppress(Exception):  # Either file may be missing, or not a run's.
+            old_log = str(np.load(path)["log"]) if path.exists() else log_path.read_text("utf-8")
+        if old_log or path.exists():
             old_run = f"the run in {output.resolve()} (epochs: {old_log.count('Time: ')})"
+            resume_or = "--resume or " if path.exists() and old_log.startswith(header) else ""
             advice = f"to keep it, use {resume_or}another --output-dir"
             print(f"note: the first new epoch will replace {old_run}; {advice}", file=sys.stderr)
     try:
@@ -492,8 +491,15 @@ def start_run(resume: bool, dataset, settings, baselines: Baselines, output: Pat
     if len(run.losses) < settings.epochs:
         run.log += f"# From epoch {len(run.losses) + 1} on: {describe_libraries()}\n"
     if resume:  # If the process was killed, training_log.txt may lack the last line.
-        (output / "training_log.txt").write_text(run.log, encoding="utf-8")
+        log_path.write_text(run.log, encoding="utf-8")
     return run
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call write(temporary file), then rename that file, so that `path` is never half-written."""
+    temporary = path.with_name(f".part.{path.name}")
+    write(temporary)
+    os.replace(temporary, path)
 
 
 def save_epoch(run: Run, losses: list[float], line: str, output: Path) -> None:
@@ -516,8 +522,7 @@ def save_epoch(run: Run, losses: list[float], line: str, output: Path) -> None:
 def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
     """Train for the remaining epochs; save, log and print each. Raises FloatingPointError."""
     # The untrained network outputs the mean image, unless LAYERS end with, say, a sigmoid.
-    untrained = Autoencoder(run.model.mean_image, settings.seed)
-    untrained_loss = reconstruction_loss(untrained, dataset.images)
+    untrained_loss = reconstruction_loss(Autoencoder(run.model.mean_image), dataset.images)
     done = len(run.losses)
     remaining = range(done + 1, settings.epochs + 1)
     # disable=None shows the progress bar only in a terminal.
@@ -529,9 +534,8 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         # 1% more is allowed for rounding. Comparisons with NaN are false.
         if not (loss <= 1.01 * untrained_loss and np.isfinite(test_loss)):
             default = default_learning_rate(settings.batch_size)
-            advice = f"try an --lr below {settings.learning_rate:g} (default: {default:g})"
-            problem = f"training diverged: training loss {loss:.4f} in epoch {epoch}"
-            raise FloatingPointError(f"{problem}; {advice}")
+            advice = f"try --lr {min(default, settings.learning_rate / 2):g} (default: {default:g})"
+            raise FloatingPointError(f"training diverged in epoch {epoch} ({loss:.4f}); {advice}")
         line = f"Epoch {epoch}, Loss: {loss:.6f}, Test Loss: {test_loss:.6f}, Time: {seconds:.1f}s"
         save_epoch(run, [loss, test_loss], line, output)
         with tqdm.external_write_mode():  # above the progress bar
@@ -608,7 +612,7 @@ def plot_reconstructions(model: Autoencoder, dataset: Dataset, pca: PCA) -> Figu
     rows["PCA's error"] = rows["PCA"] - originals
     figure = Figure(figsize=(10, 5.7), dpi=150, layout="constrained")
     figure.suptitle(f"Test images of {dataset.name}, decoded from codes of {CODE_SIZE} numbers")
-    figure.supxlabel("first image of each label; errors: -0.5 (blue) to 0.5 (red)", size="medium")
+    figure.supxlabel("errors: output - original, -0.5 (blue) to 0.5 (red)", size="medium")
     grid = figure.subplots(len(rows), len(chosen), squeeze=False)
     for cells, (label, images) in zip(grid, rows.items(), strict=True):
         cells[0].set_ylabel(label)
@@ -638,7 +642,7 @@ def finish(run: Run, dataset: Dataset, baselines: Baselines, settings: Settings,
     print(f"test loss: {loss:.6f}; {baselines.pca_name}: {baselines.pca_loss:.6f}")
     if loss > 0.9 * baselines.mean_image_loss:
         default = default_learning_rate(settings.batch_size)
-        advice = f"try more epochs or images, or another --lr (default: {default:g})"
+        advice = f"try more epochs or images, another --lr (default: {default:g}), or undo edits"
         print(f"warning: the network has learned next to nothing; {advice}", file=sys.stderr)
     if dataset.name == SAMPLE:
         print("this was a sample of MNIST; losses on all of MNIST are different")
@@ -669,17 +673,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         text = f"{meaning} (default: {default})"
         # argparse converts, and so checks, a default only if it is a string.
         parser.add_argument(flag, type=convert, default=str(default), help=text)
-    default = f"{default_learning_rate(Settings.batch_size):g}, scaled with the batch size"
-    text = f"peak learning rate (default: {default})"
+    text = f"peak learning rate (default: {Settings.learning_rate:g} for batches of 256 images)"
     parser.add_argument("--lr", type=partial(number, float, 1e-6, 1000), help=text)
     parser.add_argument("--data-dir", type=Path, help="where MNIST is, or goes (default: data)")
     text = "auto (default): MNIST, or a sample of 5,000 images if it cannot be downloaded"
     parser.add_argument("--dataset", choices=("auto", "mnist", "sample"), default="auto", help=text)
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    args = parser.parse_args(argv)
-    if args.data_dir and args.dataset == "sample":
-        parser.error("--data-dir and --dataset sample exclude each other")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -706,7 +706,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         status = 130
-        message = "interrupted before an epoch was saved"
+        message = "interrupted before a new epoch was saved"
         if run and run.losses:
             message = f"interrupted; --resume continues after epoch {len(run.losses)}"
     except (InputError, ImportError, OSError, MemoryError, ArithmeticError, UnicodeError) as error:

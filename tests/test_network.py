@@ -157,6 +157,7 @@ def test_encode_and_decode_are_the_two_halves_for_all_kinds_of_images():
     assert script.reconstruction_loss(model, images) == pytest.approx(loss, rel=1e-5)
     square, floats = images.reshape(-1, 1, 28, 28), images / 255
     several = (square, floats, floats[:9].tolist(), torch.from_numpy(square), torch.tensor(floats))
+    np.testing.assert_array_equal(model.encode(images > 99), model.encode((images > 99) + 0.0))
     for same in (*several, images[0], square[0, 0], square[:1], floats[0].reshape(28, 28).tolist()):
         close = codes[: np.asarray(same).size // 784]
         np.testing.assert_allclose(model.encode(same), close, rtol=1e-4, atol=1e-5)
@@ -169,6 +170,7 @@ WRONG = {  # images, and what is said of them
     "transposed": (np.zeros((784, 9)), r"784 pixels .*\(784, 9\)"),
     "in colour": (np.zeros((28, 28, 3), np.uint8), r"784 pixels .*\(28, 28, 3\)"),
     "up to 255": (np.full((2, 784), 255.0), "0 to 255 .* divide by 255"),
+    "very noisy": (np.linspace(-14, 14.8, 784), r"-14 to 14.8 .* rescale, or clip to \[0, 1\]"),
     "with noise": (np.linspace(-0.9, 2, 784), r"-0.9 to 2 .* clip to \[0, 1\]"),
     "a little above 1": (np.full(784, 1.01), r"0 to 1.01 .* clip to \[0, 1\]"),
     "not a number": (np.full(784, np.nan), "NaN"),
@@ -180,8 +182,9 @@ def test_encode_names_the_fault_of_unusable_images(fault):
     images, told = WRONG[fault]
     with pytest.raises(ValueError, match=told):
         network(dtype=np.float32).encode(images)
-    with pytest.raises(ValueError, match="127"):
-        network(dtype=np.float32).decode(np.zeros((2, 127)))
+    for codes in (np.zeros((2, 127)), np.zeros((128, 2)), np.zeros((1, 1, 128)), [np.nan] * 128):
+        with pytest.raises(ValueError, match=r"codes of 128 finite .*\("):
+            network(dtype=np.float32).decode(codes)
 
 
 def test_encoding_needs_little_memory_beside_the_images():
