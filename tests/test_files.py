@@ -32,8 +32,7 @@ def compress(raw, names=NAMES, end=None):
         (raw / name).unlink()
 
 
-PLACES = {".": "mine", "raw": "mine", "MNIST/raw": "mine", "Fashion": "Fashion"}
-PLACES["FashionMNIST/raw"] = "FashionMNIST"
+PLACES = {".": "mine", "raw": "mine", "MNIST/raw": "mine", "Fashion": "Fashion", "F/raw": "F"}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -128,11 +127,10 @@ def test_download_happens_once_into_an_empty_directory_and_says_where_to(serve, 
 def test_failed_download_is_an_error_or_a_reason_to_take_the_sample(serve, capsys, fault):
     serve(fault)
     Path("given").mkdir()
-    for flags in (("--dataset", "mnist"), ("--data-dir", "given")):
-        result = call(*flags, "--output-dir", "out")
+    for root, flags in (("data", "--dataset mnist"), ("given", "--data-dir given")):
+        result = call(*flags.split(), "--output-dir", "out")
         (error,) = [line for line in result.lines if line.startswith("error: ")]
         assert result.status == 2 and "Traceback" not in result.err
-        root = flags[1] if flags[1] == "given" else "data"
         assert f"no usable data in {root} (" in error and all(name in error for name in NAMES)
         assert not Path("out").exists() and [*Path(root).iterdir()] == []
     assert script.load_data().name == "a sample of MNIST"
@@ -175,8 +173,6 @@ def test_unusable_files_of_the_user_are_kept_and_no_reason_to_take_the_sample(se
 KILLS = int(os.environ.get("KILLS", 2))  # how often a process is killed
 PART = ".part.model.npz"  # a temporary file, which the next run replaces
 CTRL_C, FULL = KeyboardInterrupt, OSError(28, "No space left on device")
-
-
 # An epoch has four steps. The model is saved after each epoch, and finally three plots.
 INSTANTS = [  # the error; what raises it, in which call; complete epochs; end of the message
     (CTRL_C, "mnist_autoencoder.sgd_step", 16, 3, "--resume continues after epoch 3"),
@@ -235,13 +231,12 @@ def test_a_new_run_leaves_an_earlier_one_until_it_is_saved(small, monkeypatch, n
     assert flags or result_of() == result_of(whole)
 
 
-@pytest.mark.parametrize("lost", ["training_log.txt", "model.npz"])
-def test_a_run_that_has_lost_a_file_is_noticed_too(small, monkeypatch, no_plots, lost):
-    shutil.copytree(small[1], ".", dirs_exist_ok=True)
-    Path(lost).unlink()
-    (note,) = call(*small[0]).lines
-    resume_or = "" if lost == "model.npz" else "--resume or "
-    assert note.endswith(f"(epochs: 4); to keep it, use {resume_or}another --output-dir")
+def test_a_run_that_has_lost_a_file_is_noticed_too(small, monkeypatch, no_plots):
+    for lost, use in (("training_log.txt", "--resume or another"), ("model.npz", "another")):
+        shutil.copytree(small[1], ".", dirs_exist_ok=True)
+        Path(lost).unlink()
+        (note,) = call(*small[0]).lines
+        assert note.endswith(f"(epochs: 4); to keep it, use {use} --output-dir")
     monkeypatch.setattr(script, "load_data", raising(None, CTRL_C, 1))
     assert call(*small[0], "--resume").lines == ["interrupted before a new epoch was saved"]
 

@@ -120,11 +120,7 @@ def test_same_flags_same_run_and_other_flags_another(small, no_plots):
     arguments, whole = small
     assert call(*arguments).status == 0
     assert result_of() == result_of(whole)
-    told = (
-        "'# epochs: 4' instead of '# epochs: 5'",
-        "learning rate",
-        "anew in another --output-dir",
-    )
+    told = ("'# epochs: 4' instead of '# epochs: 5'", "learning rate", "another --output-dir")
     fails(call(*arguments, "--epochs", 5, "--resume"), 2, *told)
     for name, value in (("seed", 1), ("momentum", 0.5)):
         assert f"# {name}: {value}\n" in call(*arguments, f"--{name}", value).out
@@ -171,13 +167,9 @@ def test_flags_far_from_their_defaults_learn_or_are_an_error(flags, no_plots):
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(("steps", "wrong"), [(range(8, 12), 1e3), ([11], 1e38)])  # in epoch 3
 def test_divergence_keeps_the_last_good_epoch(small, monkeypatch, steps, wrong):
-    schedule = script.scheduled_learning_rate
-
-    def diverging(step, *others):
-        return wrong if step in steps else schedule(step, *others)
-
+    schedule, default = script.scheduled_learning_rate, script.default_learning_rate(16)
+    diverging = lambda step, *rest: wrong if step in steps else schedule(step, *rest)  # noqa: E731
     monkeypatch.setattr(script, "scheduled_learning_rate", diverging)
-    default = script.default_learning_rate(16)
     fails(call(*small[0]), 1, "epoch 3", f"try --lr {default / 2:g} (default: {default:g})")
     assert script.load_run("model.npz").losses == result_of(small[1])[1][:2]
     assert len(EPOCH.findall(read_log())) == 2 and snapshot("plots") == {}
@@ -225,9 +217,7 @@ def test_as_the_user_starts_it(small):
 
 NETWORK = "784-512-256-128-256-512-784, elu elu linear elu elu clip"
 ROWS = re.findall(r"^    Layer\(.*\n", Path(script.__file__).read_text(), re.MULTILINE)
-DEEPER = [
-    ("    Layer(256, 128, linear),", "    Layer(256, 128, elu),\n    Layer(128, 16, linear),")
-]
+DEEPER = [("128, linear),", "128, elu),\n    Layer(128, 16, linear),")]
 DEEPER += [("    Layer(128, 256", "    Layer(16, 128, elu),\n    Layer(128, 256")]
 EDITS = {
     "784-512-256-32-256-512-784, elu elu linear elu elu clip": recipe.code_of(32),
@@ -242,7 +232,7 @@ EDITS = {
 def edited(monkeypatch, edits):
     """The script with edits of its source, as a module that keeps its figures instead of saving."""
     module = recipe.edited_script(edits)
-    module.figures = []
+    module.figures, module.SAMPLE_DIR = [], script.SAMPLE_DIR
     keep = lambda figure, path: path.touch() or module.figures.append(figure)  # noqa: E731
     monkeypatch.setattr(Figure, "savefig", keep)
     return module
@@ -254,7 +244,6 @@ def test_everything_follows_from_layers(monkeypatch, small, network):
     flags = ("--data-dir", script.SAMPLE_DIR, "--epochs", 2)
     assert call(*flags, main=module.main).status == 0
     assert read_log().startswith(f"# network: {network}\n# data: a sample of MNIST, 4000")
-
     size = min(map(int, re.findall(r"\d+", network)))
     run = module.load_run("model.npz")
     assert run.losses[-1][0] < run.losses[0][0]  # It learns.
@@ -275,19 +264,16 @@ def test_everything_follows_from_layers(monkeypatch, small, network):
     assert f"codes of {size} number" in module.figures[2].get_suptitle()
     # Neither script continues the other's run, and each says why.
     fails(call(*flags, "--resume"), 2, network, NETWORK)
-    flags += ("--output-dir", small[1], "--resume")
-    fails(call(*flags, main=module.main), 2, network, NETWORK)
+    fails(call(*flags, "--output-dir", small[1], "--resume", main=module.main), 2, network, NETWORK)
 
 
-@pytest.mark.parametrize("row", [*range(6), "all", "code"])
-def test_rows_that_do_not_fit_or_leave_no_hidden_layer_are_one_clear_error(row):
-    edits, told = [("".join(ROWS), "    Layer(784, 784, clip),\n")], "a hidden layer"
-    if row == "code":
-        edits, told = recipe.code_of(0), "positive"
-    elif row != "all":
-        size = 99 if row < 3 else 999  # less or more than the inputs of the next row
-        edits, told = [(ROWS[row], re.sub(r", \d+, ", f", {size}, ", ROWS[row]))], size
-    fails(call(main=lambda _: recipe.edited_script(edits)), 2, "LAYERS in ", told)
+UNFIT = [[("".join(ROWS), "    Layer(784, 784, clip),\n")], recipe.code_of(0), recipe.code_of(-3)]
+UNFIT += [[(row, re.sub(r", \d+, ", ", 300, ", row))] for row in ROWS]
+
+
+@pytest.mark.parametrize("edits", UNFIT)
+def test_rows_that_do_not_fit_or_leave_no_code_are_one_clear_error(edits):
+    fails(call(main=lambda _: recipe.edited_script(edits)), 2, "LAYERS in ", "hidden", "that fit")
 
 
 def test_other_data_have_their_own_name_and_size_and_are_not_resumed(monkeypatch):
