@@ -146,10 +146,8 @@ def write_header(*numbers):
 
 
 DAMAGES = {  # the file, what happens to it, and what the message says beside its name
-    "missing": (IMAGES, Path.unlink, ["missing", "No such file"]),
     "empty": (TEST_IMAGES, lambda path: path.write_bytes(b""), ["cut", "shape is ()"]),
     "cut": (TEST_IMAGES, lambda path: os.truncate(path, 999), ["cut", "20, 28, 28", "983"]),
-    "too long": (LABELS, lambda path: path.write_bytes(path.read_bytes() + b"0"), ["50", "51"]),
     "cut archive": (TEST_IMAGES, lambda path: compress(path.parent, [path.name], -1), ["cut"]),
     "more labels": (LABELS, write_header(2049, 60), ["(60,)", "their labels"]),
     "one image": (IMAGES, write_header(2051, 1, 28, 28), ["(1, 28, 28)", "two or more"]),
@@ -237,6 +235,8 @@ def test_a_run_that_has_lost_a_file_is_noticed_too(small, monkeypatch, no_plots)
         Path(lost).unlink()
         (note,) = call(*small[0]).lines
         assert note.endswith(f"(epochs: 4); to keep it, use {use} --output-dir")
+    Path("model.npz").write_text("something else")
+    assert call(*small[0]).lines[0].endswith("(epochs: 0); to keep it, use another --output-dir")
     monkeypatch.setattr(script, "load_data", raising(None, CTRL_C, 1))
     assert call(*small[0], "--resume").lines == ["interrupted before a new epoch was saved"]
 

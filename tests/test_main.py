@@ -120,7 +120,7 @@ def test_same_flags_same_run_and_other_flags_another(small, no_plots):
     arguments, whole = small
     assert call(*arguments).status == 0
     assert result_of() == result_of(whole)
-    told = ("'# epochs: 4' instead of '# epochs: 5'", "learning rate", "another --output-dir")
+    told = ("'# epochs: 4' instead of '# epochs: 5'", "learning rate", "start anew in another")
     fails(call(*arguments, "--epochs", 5, "--resume"), 2, *told)
     for name, value in (("seed", 1), ("momentum", 0.5)):
         assert f"# {name}: {value}\n" in call(*arguments, f"--{name}", value).out
