@@ -1,8 +1,8 @@
 """What the ingredients of the recipe contribute, and how its numbers were chosen.
 
-    python tests/recipe.py ablation      the recipe without each ingredient in turn (hours)
-    python tests/recipe.py selection     other settings, measured on held-out images (hours)
-    python tests/recipe.py exercises     the edits that the README proposes (an hour)
+    python tests/recipe.py ablation      the recipe without each ingredient in turn (up to hours)
+    python tests/recipe.py selection     other settings, measured on held-out images (up to hours)
+    python tests/recipe.py exercises     the edits that the README proposes (up to an hour)
     python tests/recipe.py code-sizes    draw plots/code_sizes.png (some minutes)
     python tests/recipe.py code-bytes    the test loss with codes of 8 bits per number (seconds)
     python tests/recipe.py neighbours    digits recognised by the nearest code (a minute)
