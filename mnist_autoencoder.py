@@ -56,9 +56,8 @@ class Settings:
     learning_rate: float = 44.0
     decay_start: float = 0.35  # After this fraction of the run, the rate begins to fall to 0.
     momentum: float = 0.985  # sgd_step's velocity is then roughly the sum of 67 gradients
-    # Gradient clipping: a larger gradient is scaled down to this norm. Otherwise, one large step
-    # could push all outputs below 0 or above 1, where the derivative of clip is 0. All gradients
-    # would then be 0, and learning would stop.
+    # Gradient clipping: a larger gradient is scaled to this norm. Otherwise, one large step could
+    # push all outputs below 0 or above 1, where all gradients are 0, and learning would stop.
     max_gradient_norm: float = 0.0025
     weight_decay: float = 0.006  # of weights and biases; divided by the number of training images
     seed: int = 0  # for the random initial weights and the shuffling of the images
@@ -130,8 +129,7 @@ class Autoencoder:
     def __init__(self, mean_image, seed=0, layers=LAYERS, dtype=np.float32):
         self.mean_image = np.asarray(mean_image, dtype)
         self.layers = layers
-        narrowest = np.argmin([layer.outputs for layer in layers[:-1]])
-        self.code_index = narrowest + 1  # Layer k computes a_(k+1).
+        self.code_index = 1 + np.argmin([layer.outputs for layer in layers[:-1]])  # as in a_(k+1)
         size = sum((layer.inputs + 1) * layer.outputs for layer in layers)
         self.parameters = np.zeros(size, dtype)
         weights, biases = self.split(self.parameters)
@@ -197,7 +195,7 @@ class Autoencoder:
         """The codes (n, 128) of images that are uint8 or in [0, 1]; ValueError for others."""
         x = np.asarray(images)
         size = self.mean_image.size
-        if x.size != size and np.prod(x.shape[1:]) != size:
+        if np.prod(x.shape[1:]) != size and (x.size != size or x.squeeze().ndim > 2):
             raise ValueError(f"images of {size} pixels are needed, not an array of shape {x.shape}")
         if x.dtype == np.uint8:
             x = to_pixels(x)
@@ -206,7 +204,7 @@ class Autoencoder:
         if not np.isfinite([low, high]).all():
             raise ValueError("some pixels are NaN or infinite: replace them")
         if low < 0 or high > 1:
-            advice = "divide by 255" if low == 0 and high > 10 else "rescale, or clip to [0, 1]"
+            advice = "divide by 255" if 100 < high < 260 else "rescale, or clip noise, to [0, 1]"
             raise ValueError(f"pixels from {low:.9g} to {high:.9g} instead of 0 to 1: {advice}")
         x = np.asarray(x, self.mean_image.dtype).reshape(-1, size)
         parts = np.array_split(x, len(x) // 1000 + 1)  # as all layers of all images need gigabytes
@@ -338,10 +336,10 @@ def explain(error: Exception) -> str:
 def read_dataset(mnist, folder: Path) -> Dataset:
     """Read the four files in `folder`, or their .gz archives. Raises ValueError."""
     arrays = []
-    try:
-        with tempfile.TemporaryDirectory() as unpacked:  # because `folder` may be read-only
-            for name in FILES.split(", "):
-                path = folder / name
+    with tempfile.TemporaryDirectory() as unpacked:  # because `folder` may be read-only
+        for name in FILES.split(", "):
+            path = folder / name
+            try:
                 if not path.exists():
                     path = Path(unpacked, name)
                     path.write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
@@ -358,8 +356,8 @@ def read_dataset(mnist, folder: Path) -> Dataset:
                 # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
                 tensor = mnist.read_sn3_pascalvincent_tensor(path, strict=False)
                 arrays.append(np.from_dlpack(tensor))
-    except Exception as error:  # such as an EOFError that does not say which archive is cut
-        raise ValueError(f"{name} is missing, cut or unusable: {explain(error)}") from error
+            except Exception as error:  # An EOFError, for example, does not say what is cut.
+                raise ValueError(f"{name} is missing, cut or unusable: {explain(error)}") from error
     checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
     own_names = [part for part in folder.resolve().parts if part not in ("MNIST", "raw")]
     name = NAMES.get(checksum, own_names[-1])
@@ -376,7 +374,7 @@ def load_data(choice: str = "auto", data_dir: str | Path | None = None) -> Datas
     try:
         from torchvision.datasets import mnist  # here, because PyTorch takes seconds to import
     except Exception as error:  # RuntimeError, for example, if it was built for another PyTorch
-        raise ImportError(f"torchvision cannot be used; reinstall it: {explain(error)}") from error
+        raise ImportError(f"torchvision fails (reinstall it?): {explain(error)}") from error
     root = SAMPLE_DIR if choice == "sample" else Path(os.path.expanduser(data_dir or "data"))
     if data_dir and not root.is_dir():
         raise InputError(f"there is no directory {root}: correct --data-dir")
@@ -449,7 +447,7 @@ def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
     """
     advice = "a run without --resume writes this file after every epoch"
     try:
-        with np.load(path) as file:
+        with np.lib.npyio.NpzFile(path) as file:  # np.load would take a text for pickled data.
             log = str(file["log"])
             for found, expected in zip(log.splitlines(), header.splitlines(), strict=False):
                 if found != expected:
@@ -476,14 +474,16 @@ def start_run(resume: bool, dataset, settings, baselines: Baselines, output: Pat
         log = f"{header}# Test Loss of the mean image: {baselines.mean_image_loss:.6f}\n"
         log += f"# Test Loss of {baselines.pca_name}: {baselines.pca_loss:.6f}\n"
         run = Run(model, np.zeros_like(model.parameters), losses=[], log=log)
-        old_log = ""
+        old_log = resume_or = ""
         with contextlib.suppress(Exception):  # Either file may be missing, or not a run's.
-            old_log = str(np.load(path)["log"]) if path.exists() else log_path.read_text("utf-8")
+            old_log = log_path.read_text("utf-8")
+        with contextlib.suppress(Exception):
+            old_log = str(np.load(path)["log"])
+            resume_or = "--resume or " if old_log.startswith(header) else ""
         if old_log or path.exists():
-            old_run = f"the run in {output.resolve()} (epochs: {old_log.count('Time: ')})"
-            resume_or = "--resume or " if path.exists() and old_log.startswith(header) else ""
-            advice = f"to keep it, use {resume_or}another --output-dir"
-            print(f"note: the first new epoch will replace {old_run}; {advice}", file=sys.stderr)
+            old = f"model, log and plots in {output.resolve()} (epochs: {old_log.count('Time: ')})"
+            advice = f"to keep them, use {resume_or}another --output-dir"
+            print(f"note: the first new epoch will replace {old}; {advice}", file=sys.stderr)
     try:
         (output / "plots").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -531,8 +531,8 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         loss = train_epoch(run.model, run.velocity, dataset.images, epoch, settings)
         test_loss = reconstruction_loss(run.model, dataset.test_images)
         seconds = time.perf_counter() - start
-        # 1% more is allowed for rounding. Comparisons with NaN are false.
-        if not (loss <= 1.01 * untrained_loss and np.isfinite(test_loss)):
+        # A little more is allowed for rounding. Comparisons with NaN are false.
+        if not (loss <= 1.01 * untrained_loss + 1e-6 and np.isfinite(test_loss)):
             default = default_learning_rate(settings.batch_size)
             advice = f"try --lr {min(default, settings.learning_rate / 2):g} (default: {default:g})"
             raise FloatingPointError(f"training diverged in epoch {epoch} ({loss:.4f}); {advice}")
@@ -642,7 +642,7 @@ def finish(run: Run, dataset: Dataset, baselines: Baselines, settings: Settings,
     print(f"test loss: {loss:.6f}; {baselines.pca_name}: {baselines.pca_loss:.6f}")
     if loss > 0.9 * baselines.mean_image_loss:
         default = default_learning_rate(settings.batch_size)
-        advice = f"try more epochs or images, another --lr (default: {default:g}), or undo edits"
+        advice = f"undo edits, or try more epochs or images, or another --lr (default: {default:g})"
         print(f"warning: the network has learned next to nothing; {advice}", file=sys.stderr)
     if dataset.name == SAMPLE:
         print("this was a sample of MNIST; losses on all of MNIST are different")

@@ -234,9 +234,9 @@ def test_a_run_that_has_lost_a_file_is_noticed_too(small, monkeypatch, no_plots)
         shutil.copytree(small[1], ".", dirs_exist_ok=True)
         Path(lost).unlink()
         (note,) = call(*small[0]).lines
-        assert note.endswith(f"(epochs: 4); to keep it, use {use} --output-dir")
+        assert note.endswith(f"(epochs: 4); to keep them, use {use} --output-dir")
     Path("model.npz").write_text("something else")
-    assert call(*small[0]).lines[0].endswith("(epochs: 0); to keep it, use another --output-dir")
+    assert call(*small[0]).lines[0].endswith("(epochs: 4); to keep them, use another --output-dir")
     monkeypatch.setattr(script, "load_data", raising(None, CTRL_C, 1))
     assert call(*small[0], "--resume").lines == ["interrupted before a new epoch was saved"]
 
@@ -278,8 +278,9 @@ def test_killed_at_random_instants_and_resumed_ends_like_an_unbroken_run():
 
 SPOILED = {  # what happens to a finished run, and what is said of it
     "no model": (lambda: os.remove("model.npz"), "a run without --resume writes this file"),
-    "no end": (lambda: os.truncate("model.npz", os.path.getsize("model.npz") - 30), "model.npz"),
+    "no end": (lambda: os.truncate("model.npz", 9999), "not a zip file"),
     "no log": (lambda: np.savez("model.npz", parameters=np.zeros(5)), "model.npz"),
+    "a text": (lambda: Path("model.npz").write_text("text"), "not a zip file"),
     "no plots": (lambda: Path("plots").rename("p") and Path("plots").touch(), "--output-dir"),
 }
 
