@@ -204,8 +204,8 @@ class Autoencoder:
         if not np.isfinite([low, high]).all():
             raise ValueError("some pixels are NaN or infinite: replace them")
         if low < 0 or high > 1:
-            advice = "divide by 255" if 100 < high < 260 else "rescale, or clip noise, to [0, 1]"
-            raise ValueError(f"pixels from {low:.9g} to {high:.9g} instead of 0 to 1: {advice}")
+            advice = "make black 0 and white 1 (divide 0 to 255 by 255), then clip to [0, 1]"
+            raise ValueError(f"pixels from {low:.9g} to {high:.9g}: {advice}")
         x = np.asarray(x, self.mean_image.dtype).reshape(-1, size)
         parts = np.array_split(x, len(x) // 1000 + 1)  # as all layers of all images need gigabytes
         return np.concatenate([self.forward(part)[0][self.code_index] for part in parts])
@@ -369,8 +369,8 @@ def read_dataset(mnist, folder: Path) -> Dataset:
 
 def load_data(choice: str = "auto", data_dir: str | Path | None = None) -> Dataset:
     """The data set for --dataset and --data-dir. Raises InputError or ImportError."""
-    if choice == "sample" and data_dir:
-        raise InputError("--data-dir and --dataset sample exclude each other")
+    if choice not in ("auto", "mnist", "sample") or (choice == "sample" and data_dir):
+        raise InputError(f"--dataset {choice} is unknown, or cannot be combined with --data-dir")
     try:
         from torchvision.datasets import mnist  # here, because PyTorch takes seconds to import
     except Exception as error:  # RuntimeError, for example, if it was built for another PyTorch
@@ -445,7 +445,7 @@ def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
 
     To use a trained network: load_run("model.npz").model.encode(images).
     """
-    advice = "a run without --resume writes this file after every epoch"
+    advice = "a run without --resume writes a model.npz after every epoch"
     try:
         with np.lib.npyio.NpzFile(path) as file:  # np.load would take a text for pickled data.
             log = str(file["log"])
@@ -483,7 +483,7 @@ def start_run(resume: bool, dataset, settings, baselines: Baselines, output: Pat
         if old_log or path.exists():
             old = f"model, log and plots in {output.resolve()} (epochs: {old_log.count('Time: ')})"
             advice = f"to keep them, use {resume_or}another --output-dir"
-            print(f"note: the first new epoch will replace {old}; {advice}", file=sys.stderr)
+            print(f"note: the first new epoch replaces any {old}; {advice}", file=sys.stderr)
     try:
         (output / "plots").mkdir(parents=True, exist_ok=True)
     except OSError as error:
