@@ -273,7 +273,7 @@ UNFIT += [[(row, re.sub(r", \d+, ", ", 300, ", row))] for row in ROWS]
 
 @pytest.mark.parametrize("edits", UNFIT)
 def test_rows_that_do_not_fit_or_leave_no_code_are_one_clear_error(edits):
-    fails(call(main=lambda _: recipe.edited_script(edits)), 2, "LAYERS in ", "hidden", "that fit")
+    fails(call(main=lambda _: recipe.edited_script(edits)), 2, "LAYERS", "hidden", "inputs [784")
 
 
 def test_other_data_have_their_own_name_and_size_and_are_not_resumed(monkeypatch):
