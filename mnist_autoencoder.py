@@ -38,7 +38,7 @@ try:
     from matplotlib import style, ticker
     from matplotlib.figure import Figure
     from sklearn.decomposition import PCA
-    from threadpoolctl import threadpool_info, threadpool_limits
+    from threadpoolctl import ThreadpoolController, threadpool_info, threadpool_limits
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; install the packages with: pip install -r requirements.txt")
@@ -343,19 +343,20 @@ def read_dataset(mnist, folder: Path) -> Dataset:
                 if not path.exists():
                     path = Path(unpacked, name)
                     path.write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
-                # The first number is 2048 + the number of dimensions; then their sizes follow.
                 header = [*np.fromfile(path, ">i4", 5).tolist(), 0]  # only [0] for an empty file
-                shape = tuple(header[1 : header[0] - 2047])
+                shape = tuple(header[1 : header[0] % 256 + 1])  # % 256: the number of dimensions
                 if "images" in name:
                     fits = len(shape) == 3 and shape[0] > 1 and shape[1] * shape[2] == IMAGE_SIZE
                 else:
                     fits = shape == (len(arrays[-1]),)
                 if not fits:
-                    needed = f"grey images of {IMAGE_SIZE} pixels (set by LAYERS) and their labels"
+                    needed = f"grey images of {IMAGE_SIZE} pixels (see LAYERS) and as many labels"
                     raise ValueError(f"its shape is {shape} instead of two or more {needed}")
                 # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
-                tensor = mnist.read_sn3_pascalvincent_tensor(path, strict=False)
-                arrays.append(np.from_dlpack(tensor))
+                array = np.from_dlpack(mnist.read_sn3_pascalvincent_tensor(path, strict=False))
+                if array.dtype != np.uint8 or ("images" in name and array.max() < 2):
+                    raise ValueError("it needs bytes, with pixels from 0 (black) to 255 (white)")
+                arrays.append(array)
             except Exception as error:  # An EOFError, for example, does not say what is cut.
                 raise ValueError(f"{name} is missing, cut or unusable: {explain(error)}") from error
     checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
@@ -433,10 +434,9 @@ class Run:
 def describe_libraries() -> str:
     """What affects floating-point rounding: versions, BLAS libraries, their kernels and threads."""
     facts = [f"Python {platform.python_version()}, NumPy {np.__version__}"]
-    for pool in threadpool_info():
-        if pool["user_api"] == "blas":
-            kernels = f"{pool['version']} {pool.get('architecture', '')} x {pool['num_threads']}"
-            facts.append(f"{pool['internal_api']} {kernels}")
+    for pool in ThreadpoolController().select(user_api="blas").info():
+        kernels = f"{pool['version']} {pool.get('architecture', '')} x {pool['num_threads']}"
+        facts.append(f"{pool['internal_api']} {kernels}")
     return ", ".join(facts)
 
 
@@ -675,8 +675,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(flag, type=convert, default=str(default), help=text)
     text = f"peak learning rate (default: {Settings.learning_rate:g} for batches of 256 images)"
     parser.add_argument("--lr", type=partial(number, float, 1e-6, 1000), help=text)
-    parser.add_argument("--data-dir", type=Path, help="where MNIST is, or goes (default: data)")
-    text = "auto (default): MNIST, or a sample of 5,000 images if it cannot be downloaded"
+    parser.add_argument("--data-dir", type=Path, help="where the data are, or go (default: data)")
+    text = "auto (default): those, or a sample of 5,000 images if MNIST cannot be downloaded"
     parser.add_argument("--dataset", choices=("auto", "mnist", "sample"), default="auto", help=text)
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     return parser.parse_args(argv)

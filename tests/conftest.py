@@ -34,7 +34,7 @@ def write_idx(root, train=50, test=20, seed=0, shape=(28, 28)):
         images = (rng.random((count, 4)) @ patterns * 63).astype(np.uint8)
         header = struct.pack(">4i", 2051, count, *shape)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        labels = bytes(i % 10 for i in range(count))
+        labels = bytes(i % 2 for i in range(count))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
     return raw
 

@@ -141,29 +141,30 @@ def test_failed_download_is_an_error_or_a_reason_to_take_the_sample(serve, capsy
     assert script.load_data().name == "data"
 
 
-def write_header(*numbers):
-    """A function that overwrites a file with big-endian numbers and then zeros."""
-    form = f">{len(numbers)}i{np.prod(numbers[1:])}x"
-    return lambda path: path.write_bytes(struct.pack(form, *numbers))
+def write(*numbers, pixel=b"\0"):
+    """A function that overwrites a file with big-endian numbers and then equal pixels."""
+    content = struct.pack(f">{len(numbers)}i", *numbers) + pixel * np.prod(numbers[1:])
+    return lambda path: path.write_bytes(content)
 
 
 DAMAGES = {  # the file, what happens to it, and what the message says beside its name
     "empty": (TEST_IMAGES, lambda path: path.write_bytes(b""), ["cut", "shape is ()"]),
     "cut": (TEST_IMAGES, lambda path: os.truncate(path, 999), ["cut", "20, 28, 28", "983"]),
     "cut archive": (TEST_IMAGES, lambda path: compress(path.parent, [path.name], -1), ["cut"]),
-    "more labels": (LABELS, write_header(2049, 60), ["(60,)", "their labels"]),
-    "one image": (IMAGES, write_header(2051, 1, 28, 28), ["(1, 28, 28)", "two or more"]),
-    "in colour": (IMAGES, write_header(2052, 9, 28, 28, 3), ["(9, 28, 28, 3)", "grey images"]),
-    "other size": (IMAGES, write_header(2051, 9, 32, 32), ["(9, 32, 32)", "784 pixels", "LAYERS"]),
+    "more labels": (LABELS, write(2049, 60), ["(60,)", "as many labels"]),
+    "one image": (IMAGES, write(2051, 1, 28, 28), ["(1, 28, 28)", "two or more"]),
+    "in colour": (IMAGES, write(2052, 9, 28, 28, 3), ["(9, 28, 28, 3)", "grey images"]),
+    "other size": (IMAGES, write(2051, 9, 32, 32), ["(9, 32, 32)", "784 pixels", "LAYERS"]),
+    "signed": (LABELS, write(0x0901, 50), ["needs bytes"]),
+    "0 or 1": (IMAGES, write(2051, 9, 28, 28, pixel=b"\1"), ["0 (black) to 255 (white)"]),
     "renamed": (IMAGES, lambda path: path.rename(path.with_name("images.idx3-ubyte")), ["missing"]),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_unusable_files_of_the_user_are_kept_and_no_reason_to_take_the_sample(serve, damage):
+@pytest.mark.parametrize(("name", "spoil", "told"), DAMAGES.values(), ids=DAMAGES)
+def test_unusable_files_are_kept_and_no_reason_to_take_the_sample(serve, name, spoil, told):
     serve()
     raw = write_idx("data")
-    name, spoil, told = DAMAGES[damage]
     spoil(raw / name)
     before = snapshot()
     fails(call(), 2, f"({name} is ", *told, *NAMES, ".gz", "--dataset sample, no --data-dir")
