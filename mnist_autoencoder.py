@@ -676,7 +676,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = f"peak learning rate (default: {Settings.learning_rate:g} for batches of 256 images)"
     parser.add_argument("--lr", type=partial(number, float, 1e-6, 1000), help=text)
     parser.add_argument("--data-dir", type=Path, help="where the data are, or go (default: data)")
-    text = "auto (default): those, or a sample of 5,000 images if MNIST cannot be downloaded"
+    text = "auto (default): mnist, or sample (5,000 images) if MNIST cannot be downloaded"
     parser.add_argument("--dataset", choices=("auto", "mnist", "sample"), default="auto", help=text)
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     return parser.parse_args(argv)

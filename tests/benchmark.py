@@ -24,7 +24,7 @@ except ModuleNotFoundError:
 
 import numpy as np
 import torch
-from recipe import ROOT, print_head, print_machine, print_row, script, script_conditions
+from recipe import ROOT, load_mnist, print_head, print_machine, print_row, script, script_conditions
 
 SETTINGS = script.Settings()
 OURS = "this script"
@@ -390,6 +390,8 @@ def main():
     text = "rates/batch sizes of Adam, if --epochs is not 10 (default: 0.001/128,0.0005/128)"
     parser.add_argument("--adams", default="0.001/128,0.0005/128", help=text)
     arguments = parser.parse_args()
+    if arguments.what != "step":
+        load_mnist(parser, arguments.data_dir)  # It may have to be downloaded.
     with script_conditions():
         jobs[arguments.what](arguments)
 

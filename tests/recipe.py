@@ -69,6 +69,14 @@ def print_machine(*packages):
     print("\n" + ", ".join([script.describe_libraries(), processor, *versions]), flush=True)
 
 
+def load_mnist(parser, data_dir):
+    """All of MNIST. Without it, the program ends with a message."""
+    try:
+        return script.load_data("mnist", data_dir)
+    except script.InputError as error:  # whose advice, the sample, is no use here
+        parser.error(f"name MNIST's directory with --data-dir: {script.explain(error.__cause__ or error)}")
+
+
 def final_losses(model, dataset, settings, module=script):
     """Train a new model; return its training loss and test loss after the last epoch."""
     velocity = np.zeros_like(model.parameters)
@@ -414,9 +422,12 @@ def main():
     text = "a finished default run (default: model.npz beside the script)"
     parser.add_argument("--model", type=Path, default=ROOT / "model.npz", help=text)
     arguments = parser.parse_args()
-    mnist = script.load_data("mnist", arguments.data_dir)
-    with script_conditions():
-        jobs[arguments.what](mnist, arguments)
+    mnist = load_mnist(parser, arguments.data_dir)
+    try:
+        with script_conditions():
+            jobs[arguments.what](mnist, arguments)
+    except script.InputError as error:  # a missing model, for example
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
