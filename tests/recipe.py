@@ -74,7 +74,8 @@ def load_mnist(parser, data_dir):
     try:
         return script.load_data("mnist", data_dir)
     except script.InputError as error:  # whose advice, the sample, is no use here
-        parser.error(f"name MNIST's directory with --data-dir: {script.explain(error.__cause__ or error)}")
+        problem = script.explain(error.__cause__ or error)
+        parser.error(f"name MNIST's directory with --data-dir: {problem}")
 
 
 def final_losses(model, dataset, settings, module=script):
