@@ -199,13 +199,11 @@ class Autoencoder:
             raise ValueError(f"images of {size} pixels are needed, not an array of shape {x.shape}")
         if x.dtype == np.uint8:
             x = to_pixels(x)
-        low = x.min(initial=0)
-        high = x.max(initial=1)
-        if not np.isfinite([low, high]).all():
+        if not np.isfinite(x).all():
             raise ValueError("some pixels are NaN or infinite: replace them")
-        if low < 0 or high > 1:
+        if ((x < 0) | (x > 1)).any():
             advice = "make black 0 and white 1 (divide 0 to 255 by 255), then clip to [0, 1]"
-            raise ValueError(f"pixels from {low:.9g} to {high:.9g}: {advice}")
+            raise ValueError(f"pixels from {x.min():.9g} to {x.max():.9g}: {advice}")
         x = np.asarray(x, self.mean_image.dtype).reshape(-1, size)
         parts = np.array_split(x, len(x) // 1000 + 1)  # as all layers of all images need gigabytes
         return np.concatenate([self.forward(part)[0][self.code_index] for part in parts])
@@ -340,6 +338,8 @@ def read_dataset(mnist, folder: Path) -> Dataset:
         for name in FILES.split(", "):
             path = folder / name
             try:
+                if path.is_dir():  # as in Kaggle's archive
+                    path /= name
                 if not path.exists():
                     path = Path(unpacked, name)
                     path.write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
@@ -676,7 +676,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = f"peak learning rate (default: {Settings.learning_rate:g} for batches of 256 images)"
     parser.add_argument("--lr", type=partial(number, float, 1e-6, 1000), help=text)
     parser.add_argument("--data-dir", type=Path, help="where the data are, or go (default: data)")
-    text = "auto (default): mnist, or sample (5,000 images) if MNIST cannot be downloaded"
+    text = "auto (default): mnist, or sample (5,000 images) if the download to data fails"
     parser.add_argument("--dataset", choices=("auto", "mnist", "sample"), default="auto", help=text)
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     return parser.parse_args(argv)

@@ -41,7 +41,9 @@ def test_four_files_are_found_and_read_in_any_folder_and_nothing_written(monkeyp
     original = write_idx("original")
     folder = Path("mine", place)
     shutil.copytree(original, folder)
-    compress(folder, NAMES[:3])
+    compress(folder, NAMES[:2])
+    (folder / NAMES[3]).unlink()
+    shutil.copytree(original, folder / NAMES[3])  # A file in a directory, as in Kaggle's archive.
     before = snapshot(folder)
     monkeypatch.setattr(torch.Tensor, "numpy", None)
     dataset = script.load_data("auto", "mine")
@@ -50,7 +52,7 @@ def test_four_files_are_found_and_read_in_any_folder_and_nothing_written(monkeyp
     for part, name, begin in zip(parts, NAMES, (16, 8, 16, 8), strict=True):
         assert part.tobytes() == (original / name).read_bytes()[begin:]
     assert snapshot(folder) == before  # It may be read-only.
-    (folder / NAMES[3]).write_bytes((folder / NAMES[3]).read_bytes()[:-1] + b"\0")
+    (folder / NAMES[2]).write_bytes((folder / NAMES[2]).read_bytes()[:-1] + b"\0")
     assert script.load_data("auto", Path("mine")).description != dataset.description
 
 
@@ -286,10 +288,9 @@ SPOILED = {  # what happens to a finished run, and what is said of it
 }
 
 
-@pytest.mark.parametrize("kind", SPOILED)
-def test_spoiled_run_is_one_line_and_left_as_it_is(small, kind):
+@pytest.mark.parametrize(("spoil", "told"), SPOILED.values(), ids=SPOILED)
+def test_spoiled_run_is_one_line_and_left_as_it_is(small, spoil, told):
     shutil.copytree(small[1], ".", dirs_exist_ok=True)
-    spoil, told = SPOILED[kind]
     spoil()
     before = snapshot()
     fails(call(*small[0], "--resume"), 2, told)
