@@ -150,16 +150,16 @@ def write(*numbers, pixel=b"\0"):
 
 
 DAMAGES = {  # the file, what happens to it, and what the message says beside its name
-    "empty": (TEST_IMAGES, lambda path: path.write_bytes(b""), ["cut", "shape is ()"]),
-    "cut": (TEST_IMAGES, lambda path: os.truncate(path, 999), ["cut", "20, 28, 28", "983"]),
-    "cut archive": (TEST_IMAGES, lambda path: compress(path.parent, [path.name], -1), ["cut"]),
+    "empty": (TEST_IMAGES, lambda path: path.write_bytes(b""), ["shape is ()"]),
+    "cut": (TEST_IMAGES, lambda path: os.truncate(path, 999), ["20, 28, 28", "983"]),
+    "cut archive": (TEST_IMAGES, lambda path: compress(path.parent, [path.name], -1), ["ended"]),
     "more labels": (LABELS, write(2049, 60), ["(60,)", "as many labels"]),
     "one image": (IMAGES, write(2051, 1, 28, 28), ["(1, 28, 28)", "two or more"]),
     "in colour": (IMAGES, write(2052, 9, 28, 28, 3), ["(9, 28, 28, 3)", "grey images"]),
     "other size": (IMAGES, write(2051, 9, 32, 32), ["(9, 32, 32)", "784 pixels", "LAYERS"]),
     "signed": (LABELS, write(0x0901, 50), ["needs bytes"]),
     "0 or 1": (IMAGES, write(2051, 9, 28, 28, pixel=b"\1"), ["0 (black) to 255 (white)"]),
-    "renamed": (IMAGES, lambda path: path.rename(path.with_name("images.idx3-ubyte")), ["missing"]),
+    "renamed": (IMAGES, lambda path: path.rename(path.with_name("images.idx3-ubyte")), ["No such"]),
 }
 
 
@@ -282,7 +282,7 @@ def test_killed_at_random_instants_and_resumed_ends_like_an_unbroken_run():
 
 SPOILED = {  # what happens to a finished run, and what is said of it
     "no model": (lambda: os.remove("model.npz"), "a run without --resume writes a model.npz"),
-    "no log": (lambda: np.savez("model.npz", parameters=np.zeros(5)), "model.npz"),
+    "no log": (lambda: np.savez("model.npz", parameters=np.zeros(5)), "log is not a file"),
     "a text": (lambda: Path("model.npz").write_text("text"), "not a zip file"),
     "no plots": (lambda: Path("plots").rename("p") and Path("plots").touch(), "--output-dir"),
 }
