@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["numpy>=1.26", "torchvision>=0.17", "matplotlib>=3.8", "scikit-learn>=1.5",
+# dependencies = ["numpy>=1.26", "torchvision>=0.17", "matplotlib>=3.10", "scikit-learn>=1.5",
 #     "joblib>=1.3", "threadpoolctl>=3.5", "tqdm>=4.66"]
 # ///
 """A deep autoencoder for MNIST, from scratch in NumPy.
@@ -8,42 +8,26 @@
 `python mnist_autoencoder.py` trains a 784-512-256-128-256-512-784 network to compress each 28x28
 image to a latent code of 128 numbers and to reconstruct the image from that code. After 100 epochs,
 its mean squared error is 0.00066 on the training images and 0.00079 on the test images, where PCA
-reaches 0.00421 with codes of the same size. To experiment, edit the tables Settings and LAYERS.
+reaches 0.00421 with codes of the same size. To experiment, edit Settings, ENCODER, DECODER or LOSS.
 """
 
 import argparse
-import contextlib
-import gzip
 import hashlib
 import os
-import platform
 import socket
 import sys
-import tempfile
 import time
 from collections import namedtuple
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-if sys.version_info < (3, 10):  # noqa: UP036
-    sys.exit(f"error: Python 3.10 or later is needed; this is {platform.python_version()}")
-if __name__ == "__main__":
-    # A notebook sets MPLBACKEND; if that backend is missing here, Matplotlib cannot be imported.
-    os.environ.pop("MPLBACKEND", None)
-
-try:
-    import joblib
-    import numpy as np
-    from matplotlib import style, ticker
-    from matplotlib.figure import Figure
-    from sklearn.decomposition import PCA
-    from threadpoolctl import ThreadpoolController, threadpool_info, threadpool_limits
-    from tqdm import tqdm
-except ModuleNotFoundError as error:
-    sys.exit(f"error: {error}; install the packages with: pip install -r requirements.txt")
-except Exception as error:  # for example, if Matplotlib finds no directory for its files
-    sys.exit(" ".join(f"error: a package cannot be imported: {error}".split()))  # on one line
+import joblib
+import numpy as np
+from matplotlib import color_sequences, style, ticker
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_info, threadpool_limits
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -52,14 +36,13 @@ class Settings:
 
     epochs: int = 100  # passes over the training images
     batch_size: int = 256  # images per mini-batch
-    # The peak, for 256 images (`main` adapts it). Large, as a mean over pixels has small gradients.
-    learning_rate: float = 44.0
-    decay_start: float = 0.35  # After this fraction of the run, the rate begins to fall to 0.
+    lr: float = 0.05  # the peak learning rate, for 256 images (see learning_rate_at)
+    decay_fraction: float = 0.65  # Over this last part of the run, the rate falls linearly to 0.
     momentum: float = 0.985  # sgd_step's velocity is then roughly the sum of 67 gradients
     # Gradient clipping: a larger gradient is scaled to this norm. Otherwise, one large step could
     # push all outputs below 0 or above 1, where all gradients are 0, and learning would stop.
-    max_gradient_norm: float = 0.0025
-    weight_decay: float = 0.006  # of weights and biases; divided by the number of training images
+    max_gradient_norm: float = 2.0
+    weight_decay: float = 5.0  # of weights and biases; divided by the number of training images
     seed: int = 0  # for the random initial weights and the shuffling of the images
 
 
@@ -78,67 +61,70 @@ def linear(z):
     return z, 1
 
 
-def clip(z):
+def clamp(z):
     """0 where z < 0, 1 where z > 1, z in between; the derivative is 1 in between, 0 elsewhere."""
     return np.clip(z, 0, 1), (z > 0) & (z < 1)
 
 
+# A loss function returns the loss of n images and its derivative with respect to the outputs.
+def squared_error(outputs, images):
+    """The sum over the pixels of (output - image)^2, and the mean of that over the images."""
+    error = outputs - images
+    return np.sum(np.square(error)) / len(error), 2 / len(error) * error
+
+
 Layer = namedtuple("Layer", ["inputs", "outputs", "activation"])
-LAYERS = (
+ENCODER = (
     Layer(784, 512, elu),
     Layer(512, 256, elu),
-    Layer(256, 128, linear),  # the output is the latent code
+    Layer(256, 128, linear),  # The outputs are the latent code.
+)
+DECODER = (
     Layer(128, 256, elu),
     Layer(256, 512, elu),
-    Layer(512, 784, clip),  # reaches 0 and 1, unlike a sigmoid
+    Layer(512, 784, clamp),  # Four fifths of MNIST's pixels are 0, which a sigmoid never reaches.
 )
-
-
-def to_pixels(images: np.ndarray) -> np.ndarray:
-    """Convert uint8 images to float32 pixels in [0, 1]."""
-    return np.divide(images, 255, dtype=np.float32)
+LOSS = squared_error
 
 
 class Autoencoder:
     """The network: its parameters, forward pass and backward pass.
 
     A mini-batch of n images is a matrix x of shape (n, 784), one image per row, with pixels in
-    [0, 1]. From a_0 = x - mean image, the layers k = 0 ... 5 compute
+    [0, 1]. From a_0 = x - mean image, the layers k = 0 ... 5 of ENCODER and DECODER compute
 
         z_(k+1) = a_k W_k + b_k
         a_(k+1) = f_k(z_(k+1))
 
-    where f_k is the activation function of layer k. The loss is the mean squared error
-
-        loss = sum((a_6 - x)^2) / (784 n)
-
-    The latent code is a_(code_index), the output of the narrowest hidden layer (the first, if
-    several are equal): here a_3, of shape (n, 128). The numbers are those of LAYERS as it stands.
-    `mean_image` has the shape (784,); the vector `parameters` holds all weights and biases.
-
-    The output layer clips to [0, 1], because four fifths of MNIST's pixels are exactly 0. No
-    gradient flows through a clipped output, so an output learns only from images for which it is
-    not clipped. A pixel that is 0 in all training images starts at 0 and stays there, as it should.
+    where f_k is the activation function of layer k. The encoder's output a_3, of shape (n, 128), is
+    the latent code, and the decoder's output a_6 is the reconstruction of x. The vector
+    `parameters` holds all weights and biases.
 
     Weights are drawn from a normal distribution with variance 2 / inputs (He et al. 2015,
-    arxiv.org/abs/1502.01852); biases start at 0. The output layer's weights start at 0 and its
-    biases at the mean image, which the untrained network then outputs. Random weights would clip
-    many outputs. Zero weights pass no gradient back, but only in the first step.
+    arxiv.org/abs/1502.01852); biases start at 0. The last layer's weights start at 0 and its biases
+    at the mean image, which the untrained network then outputs. With random weights, many outputs
+    would start below 0 or above 1, where clamp's derivative is 0 and nothing is learned. Zero
+    weights pass no gradient back, but only in the first step.
     """
 
-    def __init__(self, mean_image, seed=0, layers=LAYERS, dtype=np.float32):
-        self.mean_image = np.asarray(mean_image, dtype)
-        self.layers = layers
-        self.code_index = 1 + np.argmin([layer.outputs for layer in layers[:-1]])  # as in a_(k+1)
-        size = sum((layer.inputs + 1) * layer.outputs for layer in layers)
+    def __init__(self, mean_image, seed=0, encoder=ENCODER, decoder=DECODER, dtype=np.float32):
+        self.layers = (*encoder, *decoder)
+        for layer, following in zip(self.layers, self.layers[1:] + encoder[:1], strict=True):
+            if layer.outputs != following.inputs:
+                raise ValueError(f"the outputs of {layer} are not the inputs of {following}")
+        self.encoder_range = range(len(encoder))
+        self.decoder_range = range(len(encoder), len(self.layers))
+        self.image_size = encoder[0].inputs
+        self.mean_image = np.asarray(mean_image, dtype).reshape(self.image_size)
+        size = sum((layer.inputs + 1) * layer.outputs for layer in self.layers)
         self.parameters = np.zeros(size, dtype)
-        weights, biases = self.split(self.parameters)
+        weights, biases = self.unpack(self.parameters)
         rng = np.random.default_rng(seed)
-        for layer, w in zip(layers[:-1], weights[:-1], strict=True):
-            w[:] = rng.normal(0, (2 / layer.inputs) ** 0.5, w.shape)
+        for w in weights[:-1]:
+            w[:] = rng.normal(0, (2 / len(w)) ** 0.5, w.shape)
         biases[-1][:] = self.mean_image
 
-    def split(self, vector: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def unpack(self, vector: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """W_0 ... W_5, shapes (inputs, outputs), and b_0 ... b_5, as views of a vector."""
         weights = []
         biases = []
@@ -149,40 +135,33 @@ class Autoencoder:
             biases.append(b)
         return weights, biases
 
-    def forward(self, images: np.ndarray) -> tuple[list[np.ndarray], list]:
-        """The activations a_0 ... a_6 and the derivatives f_0'(z_1) ... f_5'(z_6) for images x."""
-        return self.apply_layers(images - self.mean_image, range(len(self.layers)))
-
-    def apply_layers(self, a: np.ndarray, chosen: range) -> tuple[list[np.ndarray], list]:
-        """The activations, beginning with the input a, and the derivatives of the chosen layers."""
-        weights, biases = self.split(self.parameters)
+    def forward(self, a: np.ndarray, layers: range | None = None) -> tuple[list[np.ndarray], list]:
+        """The activations, beginning with a, and the derivatives of these layers (default: all)."""
+        weights, biases = self.unpack(self.parameters)
         activations = [a]
         derivatives = []
-        for k in chosen:
-            z = activations[-1] @ weights[k]
-            z += biases[k]
+        for k in layers or range(len(self.layers)):
+            z = activations[-1] @ weights[k] + biases[k]
             a, derivative = self.layers[k].activation(z)
             activations.append(a)
             derivatives.append(derivative)
         return activations, derivatives
 
-    def backward(self, activations: list, derivatives: list, difference: np.ndarray) -> np.ndarray:
+    def backward(self, activations: list, derivatives: list, da: np.ndarray) -> np.ndarray:
         """The gradient of the loss with respect to `parameters`, as a vector of the same layout.
 
-        `activations` and `derivatives` are the results of forward, and `difference` is a_6 - x.
-        Write da_k for dloss/da_k, dz_k for dloss/dz_k and * for the elementwise product. The chain
-        rule gives da_6 and then, for k = 5 ... 0, the other derivatives:
+        `activations` and `derivatives` are the results of forward. Write da_k for dloss/da_k, dz_k
+        for dloss/dz_k and * for the elementwise product. LOSS gives `da`, which is da_6; for the
+        squared error, it is 2 (a_6 - x) / n. The chain rule gives the others, for k = 5 ... 0:
 
-            da_6       = 2 (a_6 - x) / (784 n)
             dz_(k+1)   = da_(k+1) * f_k'(z_(k+1))
             dloss/dW_k = a_k^T dz_(k+1)
             dloss/db_k = sum of the rows of dz_(k+1)
             da_k       = dz_(k+1) W_k^T
         """
-        weights, _ = self.split(self.parameters)
+        weights, _ = self.unpack(self.parameters)
         gradient = np.empty_like(self.parameters)
-        weight_gradients, bias_gradients = self.split(gradient)  # views, filled below
-        da = 2 / difference.size * difference
+        weight_gradients, bias_gradients = self.unpack(gradient)  # views, filled below
         for k in reversed(range(len(self.layers))):
             dz = da * derivatives[k]
             np.matmul(activations[k].T, dz, out=weight_gradients[k])
@@ -191,71 +170,60 @@ class Autoencoder:
                 da = dz @ weights[k].T
         return gradient
 
+    def outputs(self, a: np.ndarray, layers: range) -> np.ndarray:
+        """The output of the last of these layers, for 1,000 rows of a at a time, to save memory."""
+        parts = [a[start : start + 1000] for start in range(0, len(a), 1000)]
+        return np.concatenate([self.forward(part, layers)[0][-1] for part in parts])
+
     def encode(self, images) -> np.ndarray:
-        """The codes (n, 128) of images that are uint8 or in [0, 1]; ValueError for others."""
+        """The codes (n, 128) of an array, list or tensor of n images, (n, 784) or (n, 28, 28).
+
+        Pixels are in [0, 1], or uint8, divided by 255 unless all are 0 or 1; else ValueError.
+        """
         x = np.asarray(images)
-        size = self.mean_image.size
-        if np.prod(x.shape[1:]) != size and (x.size != size or x.squeeze().ndim > 2):
-            raise ValueError(f"images of {size} pixels are needed, not an array of shape {x.shape}")
-        if x.dtype == np.uint8:
+        if x.dtype == np.uint8 and x.max() > 1:
             x = to_pixels(x)
-        if not np.isfinite(x).all():
-            raise ValueError("some pixels are NaN or infinite: replace them")
-        if ((x < 0) | (x > 1)).any():
-            advice = "make black 0 and white 1 (divide 0 to 255 by 255), then clip to [0, 1]"
-            raise ValueError(f"pixels from {x.min():.9g} to {x.max():.9g}: {advice}")
-        x = np.asarray(x, self.mean_image.dtype).reshape(-1, size)
-        parts = np.array_split(x, len(x) // 1000 + 1)  # as all layers of all images need gigabytes
-        return np.concatenate([self.forward(part)[0][self.code_index] for part in parts])
+        if x[:1].size != self.image_size or not (x.min() >= 0 and x.max() <= 1):  # true for NaN
+            needed = f"images of {self.image_size} pixels, as uint8 or in [0, 1], are needed"
+            raise ValueError(f"{needed}, not shape {x.shape} from {x.min():g} to {x.max():g}")
+        x = x.reshape(len(x), self.image_size).astype(self.mean_image.dtype)
+        return self.outputs(x - self.mean_image, self.encoder_range)
 
     def decode(self, codes) -> np.ndarray:
-        """The images (n, 784), in [0, 1], of codes (n, 128) or (128,); ValueError for others."""
-        a = np.atleast_2d(np.asarray(codes, self.mean_image.dtype))
-        size = self.layers[self.code_index].inputs
-        if a.shape[1:] != (size,) or not np.isfinite(a).all():
-            raise ValueError(f"codes of {size} finite numbers are needed; the shape is {a.shape}")
-        return self.apply_layers(a, range(self.code_index, len(self.layers)))[0][-1]
-
-
-INPUTS = [layer.inputs for layer in LAYERS]
-OUTPUTS = [layer.outputs for layer in LAYERS]
-if len(LAYERS) < 2 or [*INPUTS[1:], INPUTS[0]] != OUTPUTS or min(OUTPUTS) < 1:
-    needed = f"a hidden layer and positive sizes that fit, not inputs {INPUTS}, outputs {OUTPUTS}"
-    print(f"error: LAYERS in {__file__} need {needed}", file=sys.stderr)
-    sys.exit(2)
-IMAGE_SIZE = INPUTS[0]
-CODE_SIZE = min(OUTPUTS[:-1])
-NETWORK = "-".join(str(size) for size in (IMAGE_SIZE, *OUTPUTS))
-NETWORK += ", " + " ".join(layer.activation.__name__ for layer in LAYERS)
+        """The images (n, 784), in [0, 1], of n codes (n, 128)."""
+        return self.outputs(np.asarray(codes, self.mean_image.dtype), self.decoder_range)
 
 
 # --------------------------------------------------------------------------------------- training
-def reconstruction_loss(model: Autoencoder, images: np.ndarray) -> float:
-    """The mean squared error of the reconstructions of uint8 images (n, 784)."""
-    square_sum = 0.0
-    for part in np.array_split(images, len(images) // 1000 + 1):  # to need little memory
-        pixels = to_pixels(part)
-        difference = model.forward(pixels)[0][-1] - pixels
-        square_sum += float(np.sum(np.square(difference)))
-    return square_sum / images.size
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """Convert uint8 images to float32 pixels in [0, 1]."""
+    return np.divide(images, 255, dtype=np.float32)
 
 
-def default_learning_rate(batch_size: int) -> float:
-    """The default peak learning rate for a batch size (Goyal et al., arxiv.org/abs/1706.02677)."""
-    ratio = batch_size / 256  # Settings.learning_rate is for 256 images.
-    # Proportional to the size up to 256, above to its square root, or it would be too large.
-    return Settings.learning_rate * min(ratio, ratio**0.5)
+def mean_loss(reconstruct, images: np.ndarray) -> float:
+    """LOSS per pixel between uint8 images (n, 784) and what `reconstruct` makes of their pixels."""
+    loss_sum = 0.0
+    for start in range(0, len(images), 1000):  # to need little memory
+        x = to_pixels(images[start : start + 1000])
+        loss, _ = LOSS(reconstruct(x), x)
+        loss_sum += float(loss) * len(x)
+    return loss_sum / images.size
 
 
-def scheduled_learning_rate(step: int, total_steps: int, settings: Settings) -> float:
-    """The learning rate of a step. Steps are numbered from 0 to total_steps - 1."""
-    # The factor is 1 until the fraction decay_start of the run is over, and then falls to 0.
+def learning_rate_at(step: int, total_steps: int, settings: Settings) -> float:
+    """The learning rate of step 0 ... total_steps - 1: constant at first, then falling to 0.
+
+    It is proportional to the batch size up to 256 images (Goyal et al., arxiv.org/abs/1706.02677),
+    and to the root of the size above.
+    """
+    ratio = settings.batch_size / 256
+    peak = settings.lr * min(ratio, ratio**0.5)
     remaining = (total_steps - step) / total_steps
-    return settings.learning_rate * min(1, remaining / max(1 - settings.decay_start, 1e-9))
+    return peak * min(1, remaining / settings.decay_fraction)
 
 
-def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Settings):
-    """Take one step of SGD with Nesterov momentum. All three vectors are overwritten.
+def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Settings) -> None:
+    """Take one step of SGD with Nesterov momentum, which changes parameters and velocity.
 
         g          <- gradient, scaled down to max_gradient_norm if its norm is larger
         g          <- g + decay * parameters
@@ -267,283 +235,208 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
     what `parameters` stores, so each step undoes the last look-ahead and adds the next one.
     Without clipping, a step equals one of torch.optim.SGD with nesterov=True.
     """
+    scale = 1.0
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:
-        gradient *= settings.max_gradient_norm / norm
-    gradient += decay * parameters
-    velocity += gradient
-    velocity *= settings.momentum
-    gradient += velocity
-    gradient *= learning_rate
-    parameters -= gradient
+        scale = settings.max_gradient_norm / norm
+    for start in range(0, len(parameters), 65_536):  # Such parts fit into the processor's cache.
+        part = slice(start, start + 65_536)
+        g = scale * gradient[part] + decay * parameters[part]
+        velocity[part] = settings.momentum * (velocity[part] + g)
+        parameters[part] -= learning_rate * (g + velocity[part])
 
 
 def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Settings) -> float:
-    """Train for epoch 1, 2, ... with uint8 images (n, 784); update velocity; return the loss."""
+    """Train for epoch 1, 2, ... with uint8 images (n, 784), and update velocity.
+
+    Returns the mean loss per pixel; that of each mini-batch is measured before its step.
+    """
     batch_starts = range(0, len(images), settings.batch_size)
     total_steps = settings.epochs * len(batch_starts)
     first_step = (epoch - 1) * len(batch_starts)
     # A generator for each epoch, so that a resumed run shuffles like one never interrupted.
     order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
     decay = settings.weight_decay / len(images)  # More images need less.
-    square_sum = 0.0
+    loss_sum = 0.0
     for step, batch_start in enumerate(batch_starts, first_step):
-        chosen = order[batch_start : batch_start + settings.batch_size]
-        batch = to_pixels(images[chosen])
-        activations, derivatives = model.forward(batch)
-        difference = activations[-1] - batch
-        square_sum += float(np.sum(np.square(difference)))  # before the step
-        gradient = model.backward(activations, derivatives, difference)
-        learning_rate = scheduled_learning_rate(step, total_steps, settings)
+        batch_indices = order[batch_start : batch_start + settings.batch_size]
+        x = to_pixels(images[batch_indices])
+        activations, derivatives = model.forward(x - model.mean_image)
+        loss, da = LOSS(activations[-1], x)
+        loss_sum += float(loss) * len(x)
+        gradient = model.backward(activations, derivatives, da)
+        learning_rate = learning_rate_at(step, total_steps, settings)
         sgd_step(model.parameters, velocity, gradient, learning_rate, decay, settings)
-    return square_sum / images.size
+    return loss_sum / images.size
 
 
 # ------------------------------------------------------------------------------------------- data
 class InputError(Exception):
-    """Invalid input from the user. The message says what is wrong and what to do."""
+    """Invalid input from the user. The message says what is wrong."""
 
 
-@dataclass
-class Dataset:
-    """Training and test images with their labels, as uint8 arrays."""
-
-    name: str
-    description: str  # the name, the numbers of images and a checksum
-    images: np.ndarray  # the training images, shape (n, 784)
-    labels: np.ndarray  # shape (n,)
-    test_images: np.ndarray  # shape (m, 784)
-    test_labels: np.ndarray  # shape (m,)
-    image_shape: tuple[int, int]  # height and width
-
-
-SAMPLE = "a sample of MNIST"
+# Images are uint8 arrays (n, 784), test_labels integers (n,), and image_shape is (28, 28).
+Dataset = namedtuple("Dataset", "name description images test_images test_labels image_shape")
 SAMPLE_DIR = Path(__file__).resolve().parent / "data" / "sample"
-# The names of data sets by checksum. Any other data set is named after its directory.
-NAMES = {"06b0d1f124c4e5fa": "MNIST", "8a7adbe9b5c3bf45": SAMPLE}
-FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, "
-FILES += "t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
-SERVER_TIMEOUT = 30  # seconds until a server that does not answer is given up
+DATA_DIR = Path("data")
+MNIST_CHECKSUM = "48131c26b7c563dd"
 
 
-def explain(error: Exception) -> str:
-    """The message of an exception on one line, or its type if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset:
+    """Load MNIST, FashionMNIST or KMNIST from data_dir, or the "sample". Raises InputError.
 
+    Missing files are downloaded only to the default; if that fails for MNIST, the sample is used.
+    """
+    from torchvision import datasets  # here, because PyTorch takes seconds to import
 
-def read_dataset(mnist, folder: Path) -> Dataset:
-    """Read the four files in `folder`, or their .gz archives. Raises ValueError."""
-    arrays = []
-    with tempfile.TemporaryDirectory() as unpacked:  # because `folder` may be read-only
-        for name in FILES.split(", "):
-            path = folder / name
-            try:
-                if path.is_dir():  # as in Kaggle's archive
-                    path /= name
-                if not path.exists():
-                    path = Path(unpacked, name)
-                    path.write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
-                header = [*np.fromfile(path, ">i4", 5).tolist(), 0]  # only [0] for an empty file
-                shape = tuple(header[1 : header[0] % 256 + 1])  # % 256: the number of dimensions
-                if "images" in name:
-                    fits = len(shape) == 3 and shape[0] > 1 and shape[1] * shape[2] == IMAGE_SIZE
-                else:
-                    fits = shape == (len(arrays[-1]),)
-                if not fits:
-                    needed = f"grey images of {IMAGE_SIZE} pixels (see LAYERS) and as many labels"
-                    raise ValueError(f"its shape is {shape} instead of two or more {needed}")
-                # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
-                array = np.from_dlpack(mnist.read_sn3_pascalvincent_tensor(path, strict=False))
-                if array.dtype != np.uint8 or ("images" in name and array.max() < 2):
-                    raise ValueError("it needs bytes, with pixels from 0 (black) to 255 (white)")
-                arrays.append(array)
-            except Exception as error:  # An EOFError, for example, does not say what is cut.
-                raise ValueError(f"{name} is missing, cut or unusable: {explain(error)}") from error
-    checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
-    own_names = [part for part in folder.resolve().parts if part not in ("MNIST", "raw")]
-    name = NAMES.get(checksum, own_names[-1])
-    images, labels, test_images, test_labels = arrays
-    facts = f"{name}, {len(images)} training and {len(test_images)} test images, sha256 {checksum}"
-    rows = [array.reshape(len(array), IMAGE_SIZE) for array in (images, test_images)]
-    return Dataset(name, facts, rows[0], labels, rows[1], test_labels, images.shape[1:])
-
-
-def load_data(choice: str = "auto", data_dir: str | Path | None = None) -> Dataset:
-    """The data set for --dataset and --data-dir. Raises InputError or ImportError."""
-    if choice not in ("auto", "mnist", "sample") or (choice == "sample" and data_dir):
-        raise InputError(f"--dataset {choice} is unknown, or cannot be combined with --data-dir")
-    try:
-        from torchvision.datasets import mnist  # here, because PyTorch takes seconds to import
-    except Exception as error:  # RuntimeError, for example, if it was built for another PyTorch
-        raise ImportError(f"torchvision fails (reinstall it?): {explain(error)}") from error
-    root = SAMPLE_DIR if choice == "sample" else Path(os.path.expanduser(data_dir or "data"))
-    if data_dir and not root.is_dir():
-        raise InputError(f"there is no directory {root}: correct --data-dir")
-    # A folder counts if a file in it is named like MNIST's, so that MNIST never takes its place.
-    places = [root, *root.glob("*"), *root.glob("*/raw")]
-    folders = sorted({file.parent for place in places for file in place.glob("*ubyte*")})
-    if len(folders) > 1 and folders[0] != root:  # which comes first
-        raise InputError(f"{folders[0]} and {folders[1]} both hold data: choose with --data-dir")
-    folder = folders[0] if folders else root / "MNIST" / "raw"
-    download = choice != "sample" and not folders
+    name = "MNIST" if choice == "sample" else choice
+    root = SAMPLE_DIR if choice == "sample" else Path(data_dir).expanduser()
+    load = getattr(datasets, name)
+    folder = root / name / "raw"  # where torchvision looks for these files
+    files = [archive.removesuffix(".gz") for archive, _ in load.resources]
+    download = root == DATA_DIR and not all((folder / file).exists() for file in files)
     try:
         if download:
-            print(f"downloading MNIST to {folder}", file=sys.stderr)
-            socket.setdefaulttimeout(SERVER_TIMEOUT)
-            root.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root) as temporary:  # where no data are looked for
-                mnist.MNIST(temporary, download=True)
-                os.renames(Path(temporary, "MNIST", "raw"), folder)
-        return read_dataset(mnist, folder)
-    except Exception as error:
-        problem = f"no usable data in {root if download else folder} ({explain(error)})"
-        if download and choice == "auto" and not data_dir:
+            print(f"downloading {name} to {folder}", file=sys.stderr)
+        training = load(root, train=True, download=download)
+        test = load(root, train=False, download=download)
+    except Exception as error:  # torchvision raises many types of exception.
+        problem = f"no usable {name} in {folder} ({error!r})"
+        if download and name == "MNIST":
             print(f"warning: {problem}; using a sample of 5,000 images", file=sys.stderr)
             return load_data("sample")
-        if choice == "sample":
-            raise InputError(f"{problem}: restore it, or LAYERS") from error
-        advice = f"put {FILES} there, or only their .gz archives, or use the sample"
-        raise InputError(f"{problem}: {advice} (--dataset sample, no --data-dir)") from error
+        raise InputError(f"{problem}: it must hold {files}") from error
+    # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
+    arrays = [np.from_dlpack(tensor) for tensor in (training.data, test.data, test.targets)]
+    images, test_images, test_labels = arrays
+    size = ENCODER[0].inputs
+    if {images[0].size, test_images[0].size} != {size} or images.max() < 2:
+        raise InputError(f"{folder} must hold images of {size} pixels (see ENCODER), from 0 to 255")
+    checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
+    name = "MNIST" if checksum == MNIST_CHECKSUM else f"{root.resolve().name}/{name}"
+    facts = f"{len(images)} training and {len(test_images)} test images, sha256 {checksum}"
+    rows = [array.reshape(-1, size) for array in (images, test_images)]
+    return Dataset(name, facts, *rows, test_labels, images[0].shape)
 
 
 # -------------------------------------------------------------------------------------------- run
-PLOTS = ("loss_curve.png", "latent_space.png", "reconstructions.png")
-Baselines = namedtuple("Baselines", ["mean_image_loss", "pca_loss", "pca", "pca_name"])
+PLOTS = ("plots/loss_curve.png", "plots/latent_space.png", "plots/reconstructions.png")
 
 
-def compute_baselines(dataset: Dataset) -> Baselines:
-    """The test losses of the mean training image and of PCA with codes of the network's size."""
-    components = min(CODE_SIZE, IMAGE_SIZE, len(dataset.images))  # no more than there are images
+def fit_pca(dataset: Dataset) -> tuple[PCA, float]:
+    """PCA of the training images, with codes as large as the network's, and its test loss."""
+    components = min(ENCODER[-1].outputs, *dataset.images.shape)  # no more than there are images
     pca = PCA(components, svd_solver="covariance_eigh").fit(to_pixels(dataset.images))
-    pixels = to_pixels(dataset.test_images)
-    pca_loss = np.mean(np.square(pca.inverse_transform(pca.transform(pixels)) - pixels))
-    mean_image_loss = np.mean(np.square(pca.mean_ - pixels))
-    return Baselines(mean_image_loss, pca_loss, pca, f"PCA with {components} components")
+    return pca, mean_loss(lambda x: pca.inverse_transform(pca.transform(x)), dataset.test_images)
 
 
 @dataclass
 class Run:
-    """The state of a run. model.npz stores it after every epoch."""
+    """The state of a run, which model.npz stores after every epoch."""
 
     model: Autoencoder
     velocity: np.ndarray  # a vector with the layout of model.parameters
     losses: list[list[float]]  # training loss and test loss of every epoch
     log: str  # the whole log; training_log.txt may lag behind it if the run is killed
+    saved_at: int  # when this run last wrote or read model.npz, or began; in nanoseconds
 
 
-def describe_libraries() -> str:
-    """What affects floating-point rounding: versions, BLAS libraries, their kernels and threads."""
-    facts = [f"Python {platform.python_version()}, NumPy {np.__version__}"]
-    for pool in ThreadpoolController().select(user_api="blas").info():
-        kernels = f"{pool['version']} {pool.get('architecture', '')} x {pool['num_threads']}"
-        facts.append(f"{pool['internal_api']} {kernels}")
-    return ", ".join(facts)
+def describe(layers: tuple[Layer, ...]) -> str:
+    """Layers as text, such as "784-512 elu, 512-256 elu, 256-128 linear"."""
+    return ", ".join(f"{x.inputs}-{x.outputs} {x.activation.__name__}" for x in layers)
 
 
-def load_run(path: str | Path, header: str = f"# network: {NETWORK}") -> Run:
-    """Read a run of this network, whose log begins with `header`. Raises InputError.
+NETWORK = f"# encoder: {describe(ENCODER)}\n# decoder: {describe(DECODER)}\n"
+NETWORK += f"# loss: {LOSS.__name__}\n"
 
-    To use a trained network: load_run("model.npz").model.encode(images).
-    """
-    advice = "a run without --resume writes a model.npz after every epoch"
+
+def load_run(path: str | Path, header: str = NETWORK) -> Run:
+    """Read a run, with its `model`, whose log has all lines of `header`. Raises InputError."""
     try:
-        with np.lib.npyio.NpzFile(path) as file:  # np.load would take a text for pickled data.
+        with np.load(path) as file:
             log = str(file["log"])
-            for found, expected in zip(log.splitlines(), header.splitlines(), strict=False):
-                if found != expected:
-                    advice = "a run keeps network, data and settings (its learning rate follows "
-                    advice += "--epochs): restore them, or start anew in another --output-dir"
-                    raise ValueError(f"its log says {found!r} instead of {expected!r}")
+            for line in header.splitlines():
+                if line not in log.splitlines():
+                    raise ValueError(f"its log does not say {line!r}")
             model = Autoencoder(file["mean_image"])
-            model.parameters[:] = file["parameters"]
-            return Run(model, file["velocity"], file["losses"].tolist(), log)
+            model.parameters[:] = file["parameters"].reshape(model.parameters.shape)
+            velocity = file["velocity"].reshape(model.parameters.shape)
+            return Run(model, velocity, file["losses"].tolist(), log, os.stat(path).st_mtime_ns)
     except Exception as error:  # NumPy and zipfile raise many types of exception.
-        raise InputError(f"{path} cannot be used ({explain(error)}): {advice}") from error
+        needed = "a run of this network, loss, data and settings"
+        raise InputError(f"{path} does not hold {needed}: {error!r}") from error
 
 
-def start_run(resume: bool, dataset, settings, baselines: Baselines, output: Path) -> Run:
-    """A new run, or the saved one in `output`; also creates `output`. Raises InputError."""
-    facts = {"network": NETWORK, "data": dataset.description, **asdict(settings)}
-    header = "".join(f"# {name}: {value}\n" for name, value in facts.items())
-    path = output / "model.npz"
-    log_path = output / "training_log.txt"
+def start_run(resume: bool, dataset, settings, pca: PCA, pca_loss: float, output: Path) -> Run:
+    """A new run, or the saved one in `output`, which is made if needed. Raises InputError."""
+    facts = {"data": dataset.description, **asdict(settings)}
+    header = NETWORK + "".join(f"# {name}: {value}\n" for name, value in facts.items())
     if resume:
-        run = load_run(path, header)
+        run = load_run(output / "model.npz", header)
     else:
         model = Autoencoder(dataset.images.mean(axis=0) / 255, settings.seed)
-        log = f"{header}# Test Loss of the mean image: {baselines.mean_image_loss:.6f}\n"
-        log += f"# Test Loss of {baselines.pca_name}: {baselines.pca_loss:.6f}\n"
-        run = Run(model, np.zeros_like(model.parameters), losses=[], log=log)
-        old_log = resume_or = ""
-        with contextlib.suppress(Exception):  # Either file may be missing, or not a run's.
-            old_log = log_path.read_text("utf-8")
-        with contextlib.suppress(Exception):
-            old_log = str(np.load(path)["log"])
-            resume_or = "--resume or " if old_log.startswith(header) else ""
-        if old_log or path.exists():
-            old = f"model, log and plots in {output.resolve()} (epochs: {old_log.count('Time: ')})"
-            advice = f"to keep them, use {resume_or}another --output-dir"
-            print(f"note: the first new epoch replaces any {old}; {advice}", file=sys.stderr)
-    try:
-        (output / "plots").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{explain(error)}: use another --output-dir") from error
+        log = f"{header}# Test Loss of PCA with {pca.n_components_} components: {pca_loss:.6f}\n"
+        run = Run(model, np.zeros_like(model.parameters), [], log, time.time_ns())
+        if (output / "training_log.txt").exists():
+            print(f"note: the first epoch replaces the run in {output.resolve()}", file=sys.stderr)
+    (output / "plots").mkdir(parents=True, exist_ok=True)
     if len(run.losses) < settings.epochs:
-        run.log += f"# From epoch {len(run.losses) + 1} on: {describe_libraries()}\n"
-    if resume:  # If the process was killed, training_log.txt may lack the last line.
-        log_path.write_text(run.log, encoding="utf-8")
+        run.log += (
+            f"# From epoch {len(run.losses) + 1} on: {dataset.name}, NumPy {np.__version__}\n"
+        )
     return run
-
-
-def write_atomically(path: Path, write) -> None:
-    """Call write(temporary file), then rename that file, so that `path` is never half-written."""
-    temporary = path.with_name(f".part.{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def save_epoch(run: Run, losses: list[float], line: str, output: Path) -> None:
     """Add an epoch's losses and its line of the log to `run`, and save `run` in `output`."""
+    path = output / "model.npz"
+    if path.exists() and path.stat().st_mtime_ns > run.saved_at:
+        raise InputError(f"another run is writing to {output.resolve()}: use another --output-dir")
     all_losses = [*run.losses, losses]
     log = f"{run.log}{line}\n"
     arrays = {"mean_image": run.model.mean_image, "parameters": run.model.parameters}
     arrays |= {"velocity": run.velocity, "losses": all_losses, "log": log}
+    temporary = output / f".part.{os.getpid()}.npz"  # renamed, so that model.npz is always whole
+    np.savez(temporary, **arrays)
     # Until this line, a new run leaves an earlier run's files alone. From here on, --resume works.
-    write_atomically(output / "model.npz", partial(np.savez, **arrays))
+    os.replace(temporary, path)
+    run.saved_at = path.stat().st_mtime_ns
     run.losses = all_losses  # after saving, so that main never reports an epoch that is not saved
     run.log = log
-    is_first = len(all_losses) == 1  # It replaces the log of an earlier run.
-    with open(output / "training_log.txt", "w" if is_first else "a", encoding="utf-8") as file:
-        file.write(log if is_first else f"{line}\n")
-    for name in PLOTS:
-        (output / "plots" / name).unlink(missing_ok=True)
+    (output / "training_log.txt").write_text(log, encoding="utf-8")
+    for name in PLOTS:  # of an earlier run
+        (output / name).unlink(missing_ok=True)
 
 
 def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
-    """Train for the remaining epochs; save, log and print each. Raises FloatingPointError."""
-    # The untrained network outputs the mean image, unless LAYERS end with, say, a sigmoid.
-    untrained_loss = reconstruction_loss(Autoencoder(run.model.mean_image), dataset.images)
+    """Train for the remaining epochs; save, log and print each. Raises InputError."""
+    mean_image_loss = mean_loss(lambda x: run.model.mean_image, dataset.images)
     done = len(run.losses)
     remaining = range(done + 1, settings.epochs + 1)
     # disable=None shows the progress bar only in a terminal.
     for epoch in tqdm(remaining, initial=done, total=settings.epochs, unit="epoch", disable=None):
         start = time.perf_counter()
         loss = train_epoch(run.model, run.velocity, dataset.images, epoch, settings)
-        test_loss = reconstruction_loss(run.model, dataset.test_images)
+        test_loss = mean_loss(lambda x: run.model.decode(run.model.encode(x)), dataset.test_images)
         seconds = time.perf_counter() - start
-        # 1% more is allowed for rounding. Comparisons with NaN are false.
-        if not (loss <= 1.01 * untrained_loss and np.isfinite(test_loss)):
-            default = default_learning_rate(settings.batch_size)
-            advice = f"try --lr {min(default, settings.learning_rate / 2):g} (default: {default:g})"
-            raise FloatingPointError(f"training diverged in epoch {epoch} ({loss:.4f}); {advice}")
+        # 1% more than the mean image's loss is for rounding. Comparisons with NaN are false.
+        if not (loss <= 1.01 * mean_image_loss and np.isfinite(test_loss)):
+            rates = f"--lr {settings.lr:g} (default: {Settings.lr:g})"
+            raise InputError(f"training diverged in epoch {epoch} with {rates}")
         line = f"Epoch {epoch}, Loss: {loss:.6f}, Test Loss: {test_loss:.6f}, Time: {seconds:.1f}s"
         save_epoch(run, [loss, test_loss], line, output)
         with tqdm.external_write_mode():  # above the progress bar
             print(line, flush=True)
+    if run.losses[-1][0] > 0.9 * mean_image_loss:
+        print("warning: the network has learned next to nothing", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------ plots
-def plot_losses(losses, baselines: Baselines, name: str, settings: Settings) -> Figure:
+COLORS = np.array(color_sequences["petroff10"])  # for colour-blind readers, too
+LOSS_NAME = f"mean {LOSS.__name__.replace('_', ' ')}"  # per pixel
+
+
+def plot_losses(losses, pca_loss: float, name: str) -> Figure:
     """Training and test loss per epoch, with PCA's test loss as a line."""
     training, test = np.transpose(losses)
     epochs = range(1, len(losses) + 1)
@@ -551,13 +444,10 @@ def plot_losses(losses, baselines: Baselines, name: str, settings: Settings) -> 
     axes = figure.subplots()
     axes.plot(epochs, training, "C0.-", label=f"training (epoch mean): {training[-1]:.5f}")
     axes.plot(epochs, test, "C1.--", label=f"test: {test[-1]:.5f}")
-    axes.axhline(baselines.pca_loss, c="k", ls=":", label=f"PCA, test: {baselines.pca_loss:.5f}")
-    fall = settings.decay_start * len(losses)
-    if settings.decay_start < 1:
-        axes.axvline(fall, c="gray", lw=0.8, label=f"learning rate falls after epoch {fall:g}")
-    axes.set(title=f"Loss on {name}", xlabel="epoch", ylabel="mean squared error", yscale="log")
+    axes.axhline(pca_loss, c="k", ls=":", label=f"PCA, test: {pca_loss:.5f}")
+    axes.set(title=f"Loss on {name}", xlabel="epoch", ylabel=LOSS_NAME, yscale="log")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.4)
@@ -566,154 +456,124 @@ def plot_losses(losses, baselines: Baselines, name: str, settings: Settings) -> 
 
 
 def plot_latent_space(model: Autoencoder, dataset: Dataset) -> Figure:
-    """The test images' codes in a plane, and the images decoded from a grid of its points."""
+    """The test images' codes in their first two principal components, and that plane decoded."""
     codes = model.encode(dataset.test_images)
-    if CODE_SIZE > 2:
-        pca = PCA(2, svd_solver="full").fit(codes)
-        origin = pca.mean_
-        directions = pca.components_
-        first, second = [f"{share:.1%} of the variance" for share in pca.explained_variance_ratio_]
-        labels = [f"first principal component ({first})", f"second principal component ({second})"]
-    else:
-        origin = np.zeros(CODE_SIZE)
-        directions = np.eye(2, CODE_SIZE)
-        labels = [*["first number of the code", "second number of the code"][:CODE_SIZE], ""]
-    points = (codes - origin) @ directions.T
-    # A square around all points, and the centres of 15 x 15 cells in it.
-    middle = (points.min(axis=0) + points.max(axis=0)) / 2
-    reach = np.ptp(points, axis=0).max() / 2 or 1
+    pca = PCA(min(2, *codes.shape), svd_solver="full").fit(codes)
+    directions = np.zeros((2, codes.shape[1]))  # The second stays 0 if a code is one number.
+    directions[: len(pca.components_)] = pca.components_
+    points = (codes - pca.mean_) @ directions.T
+    # A square around nearly all points, and the centres of 15 x 15 cells in it.
+    low, high = np.percentile(points, [1, 99], axis=0)
+    middle = (low + high) / 2
+    reach = 0.55 * (high - low).max() or 1
     steps = (np.arange(15) - 7) / 7.5 * reach
     x, y = np.meshgrid(middle[0] + steps, middle[1] - steps)
-    images = model.decode(origin + np.column_stack([x.ravel(), y.ravel()]) @ directions)
+    images = model.decode(pca.mean_ + np.column_stack([x.ravel(), y.ravel()]) @ directions)
     picture = np.block([[*row] for row in images.reshape(15, 15, *dataset.image_shape)])
+    edges = (middle[0] - reach, middle[0] + reach, middle[1] - reach, middle[1] + reach)
     figure = Figure(figsize=(12, 6.4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    left.set(title=f"Codes of the test images of {dataset.name}", ylabel=labels[1], aspect="equal")
-    right.set(title="Images decoded from the points of this plane")
-    figure.supxlabel(labels[0], size="medium")
+    left.set_title(f"Codes of the test images of {dataset.name}")
+    right.set_title("Images decoded from the points of this plane")
+    shares = [f"{share:.0%} of the variance" for share in pca.explained_variance_ratio_]
+    figure.supxlabel(f"first principal component ({shares[0]})", size="medium")
+    left.set(ylabel=f"second principal component ({shares[-1]})", aspect="equal")
     order = np.random.default_rng(0).permutation(len(points))  # so that no digit hides another
-    digits = dataset.test_labels[order]
-    dots = left.scatter(*points[order].T, s=5, c=digits, cmap="tab10", alpha=0.7, linewidths=0)
-    handles, names = dots.legend_elements(num=None, fmt="{x:.0f}", markersize=8)
-    figure.legend(handles, names, loc="outside upper center", ncols=10, frameon=False)
-    edges = (middle[0] - reach, middle[0] + reach, middle[1] - reach, middle[1] + reach)
-    right.imshow(picture, "gray", vmin=0, vmax=1, extent=edges)
+    colors = COLORS[dataset.test_labels[order] % 10]
+    left.scatter(*points[order].T, s=12, c=colors, linewidths=0)
+    for label in np.unique(dataset.test_labels):
+        left.scatter([], [], s=80, color=COLORS[label % 10], label=label)
+    figure.legend(loc="outside upper center", ncols=10, frameon=False)
+    right.imshow(picture, "gray", vmin=0, vmax=1, extent=edges)  # and limits both panels
     return figure
 
 
 def plot_reconstructions(model: Autoencoder, dataset: Dataset, pca: PCA) -> Figure:
-    """The first test image of each label, and its reconstructions by the network and by PCA."""
+    """The first test image of each label, and what the network and PCA make of it."""
     _, first_places = np.unique(dataset.test_labels, return_index=True)
-    chosen = dataset.test_images[first_places[:10]]
-    originals = to_pixels(chosen)
-    rows = {"original": originals, "autoencoder": model.decode(model.encode(chosen))}
-    rows["error"] = rows["autoencoder"] - originals
-    rows["PCA"] = pca.inverse_transform(pca.transform(originals))
-    rows["PCA's error"] = rows["PCA"] - originals
-    figure = Figure(figsize=(10, 5.7), dpi=150, layout="constrained")
-    figure.suptitle(f"Test images of {dataset.name}, decoded from codes of {CODE_SIZE} numbers")
-    figure.supxlabel("errors: output - original, -0.5 (blue) to 0.5 (red)", size="medium")
-    grid = figure.subplots(len(rows), len(chosen), squeeze=False)
-    for cells, (label, images) in zip(grid, rows.items(), strict=True):
-        cells[0].set_ylabel(label)
-        for cell, image in zip(cells, images, strict=True):
-            cell.set(xticks=[], yticks=[])
-            pixels = image.reshape(dataset.image_shape)
-            if "error" in label:
-                cell.imshow(pixels, "RdBu_r", vmin=-0.5, vmax=0.5)
-                cell.set_xlabel(f"MSE {np.mean(np.square(image)):.4f}")
-            else:
-                cell.imshow(pixels, "gray", vmin=0, vmax=1)
+    x = to_pixels(dataset.test_images[first_places[:10]])
+    outputs = model.decode(model.encode(x))
+    pca_outputs = pca.inverse_transform(pca.transform(x))
+    rows = {"original": x, "autoencoder": outputs, "output -\noriginal": outputs - x}
+    rows |= {"PCA": pca_outputs, "PCA -\noriginal": pca_outputs - x}
+    figure = Figure(figsize=(10, 5.9), dpi=150, layout="constrained")
+    figure.suptitle(f"Test images of {dataset.name} and codes of {ENCODER[-1].outputs} numbers")
+    figure.supxlabel(f"below each image: its {LOSS_NAME}; differences: -0.5 (blue) to 0.5 (red)")
+    for axes, (name, images) in zip(figure.subplots(len(rows)), rows.items(), strict=True):
+        strip = np.hstack(images.reshape(-1, *dataset.image_shape))
+        axes.set(xticks=[], yticks=[], ylabel=name)
+        if "-" in name:
+            axes.imshow(strip, "RdBu_r", vmin=-0.5, vmax=0.5)
+        else:
+            axes.imshow(strip, "gray", vmin=0, vmax=1)
+        if name in ("autoencoder", "PCA"):
+            losses = [LOSS(images[[i]], x[[i]])[0] / x[i].size for i in range(len(x))]
+            centres = (np.arange(len(x)) + 0.5) * dataset.image_shape[1]
+            axes.set_xticks(centres, [f"{loss:.4f}" for loss in losses])
     return figure
 
 
-def finish(run: Run, dataset: Dataset, baselines: Baselines, settings: Settings, output: Path):
-    """Draw the plots into output/plots; print what came out, and where it is. Raises OSError."""
-    print("drawing the plots", flush=True)
+def finish(run: Run, dataset: Dataset, pca: PCA, pca_loss: float, output: Path) -> None:
+    """Draw the plots into output/plots, and print what came out. Raises OSError."""
+    (output / "training_log.txt").write_text(run.log, encoding="utf-8")  # whole after a kill, too
     # Ignore the user's matplotlibrc, and take a dollar sign in a directory's name as it is.
     with style.context(["default", {"text.parse_math": False}]):
-        figures = [plot_losses(run.losses, baselines, dataset.name, settings)]
-        figures.append(plot_latent_space(run.model, dataset))
-        figures.append(plot_reconstructions(run.model, dataset, baselines.pca))
-        for name, figure in zip(PLOTS, figures, strict=True):
-            write_atomically(output / "plots" / name, figure.savefig)
-    print(f"training_log.txt, plots and model.npz are in {output.resolve()}")
-    loss = run.losses[-1][1]
-    print(f"test loss: {loss:.6f}; {baselines.pca_name}: {baselines.pca_loss:.6f}")
-    if loss > 0.9 * baselines.mean_image_loss:
-        default = default_learning_rate(settings.batch_size)
-        advice = f"undo edits, or try more epochs or images, or another --lr (default: {default:g})"
-        print(f"warning: the network has learned next to nothing; {advice}", file=sys.stderr)
-    if dataset.name == SAMPLE:
-        print("this was a sample of MNIST; losses on all of MNIST are different")
+        plot_losses(run.losses, pca_loss, dataset.name).savefig(output / PLOTS[0])
+        plot_latent_space(run.model, dataset).savefig(output / PLOTS[1])
+        plot_reconstructions(run.model, dataset, pca).savefig(output / PLOTS[2])
+    print(f"test loss: {run.losses[-1][1]:.6f} (PCA: {pca_loss:.6f}); see {output.resolve()}")
 
 
 # ----------------------------------------------------------------------------------- command line
-def number(kind: type, low: float, high: float, text: str) -> float:
-    """Convert an argument to a number from low to high."""
-    with contextlib.suppress(ValueError):
-        value = kind(text)
-        if low <= value <= high:  # never true for NaN
-            return value
-    raise argparse.ArgumentTypeError(f"must be {kind.__name__} from {low} to {high}: {text!r}")
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Exits with status 2 if it is invalid."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]", allow_abbrev=False)
-    parser.description = "Train an autoencoder; write training_log.txt, plots/ and model.npz."
-    count = partial(number, int, 1, 100_000)
-    for flag, convert, default, meaning in (
-        ("--epochs", count, Settings.epochs, "number of epochs"),
-        ("--batch-size", count, Settings.batch_size, "images per mini-batch"),
-        ("--momentum", partial(number, float, 0, 0.99), Settings.momentum, "momentum coefficient"),
-        ("--seed", partial(number, int, 0, 2**32 - 1), Settings.seed, "seed of the random numbers"),
-        ("--output-dir", Path, Path(), "where to write to"),
-    ):
-        text = f"{meaning} (default: {default})"
-        # argparse converts, and so checks, a default only if it is a string.
-        parser.add_argument(flag, type=convert, default=str(default), help=text)
-    text = f"peak learning rate (default: {Settings.learning_rate:g} for batches of 256 images)"
-    parser.add_argument("--lr", type=partial(number, float, 1e-6, 1000), help=text)
-    parser.add_argument("--data-dir", type=Path, help="where the data are, or go (default: data)")
-    text = "auto (default): mnist, or sample (5,000 images) if the download to data fails"
-    parser.add_argument("--dataset", choices=("auto", "mnist", "sample"), default="auto", help=text)
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(description="Train an autoencoder.", allow_abbrev=False)
+    add = parser.add_argument
+    text = "default: MNIST, or the sample (5,000 of its images) if the download fails"
+    names = ("MNIST", "FashionMNIST", "KMNIST", "sample")
+    add("--dataset", choices=names, default="MNIST", help=text)
+    text = "a directory in torchvision's layout (default: data, to which data sets are downloaded)"
+    add("--data-dir", type=Path, default=DATA_DIR, help=text)
+    add("--output-dir", type=Path, default=Path(), help="where to write to (default: here)")
+    add("--resume", action="store_true", help="continue the run in --output-dir")
+    for field in fields(Settings):
+        text = f"default: {field.default}"
+        add("--" + field.name.replace("_", "-"), type=field.type, default=field.default, help=text)
+    args = parser.parse_args(argv)
+    positive = min(args.epochs, args.batch_size, args.lr, args.decay_fraction) > 0
+    if not positive or args.seed < 0 or not 0 <= args.momentum < 1:
+        parser.error("epochs, batch size, lr, decay fraction > 0; seed >= 0; momentum in [0, 1)")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns 0, or 1 after a failure, 2 for invalid input, 130 after Ctrl-C."""
-    if sys.stderr is None:  # stderr was closed, but tqdm and torchvision would write to it.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     args = parse_arguments(argv)
-    output = Path(os.path.expanduser(args.output_dir))
+    output = args.output_dir.expanduser()
+    socket.setdefaulttimeout(30)  # seconds until a download is given up if the server is silent
     run = None
     try:
         dataset = load_data(args.dataset, args.data_dir)
-        batch_size = min(args.batch_size, len(dataset.images))
-        rate = args.lr or default_learning_rate(batch_size)
-        settings = Settings(args.epochs, batch_size, rate, momentum=args.momentum, seed=args.seed)
+        args.batch_size = min(args.batch_size, len(dataset.images))
+        settings = Settings(*(getattr(args, field.name) for field in fields(Settings)))
         # 8 threads, or fewer if this process may only use fewer. More than 8 do not help.
         threads = min(8, joblib.cpu_count(), *(pool["num_threads"] for pool in threadpool_info()))
-        # Overflow needs no warning, because train checks the loss.
-        with threadpool_limits(threads, "blas"), np.errstate(all="ignore"):
-            baselines = compute_baselines(dataset)
-            run = start_run(args.resume, dataset, settings, baselines, output)
+        with threadpool_limits(threads, "blas"), np.errstate(all="ignore"):  # train checks the loss
+            pca, pca_loss = fit_pca(dataset)
+            run = start_run(args.resume, dataset, settings, pca, pca_loss, output)
             print(run.log, end="", flush=True)
             train(run, dataset, settings, output)
-            finish(run, dataset, baselines, settings, output)
+            finish(run, dataset, pca, pca_loss, output)
         return 0
-    except KeyboardInterrupt:
-        status = 130
-        message = "interrupted before a new epoch was saved"
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, OSError, MemoryError, UnicodeError) as error:
+        message = f"stopped by {type(error).__name__}: {error}".removesuffix(": ")
         if run and run.losses:
-            message = f"interrupted; --resume continues after epoch {len(run.losses)}"
-    except (InputError, ImportError, OSError, MemoryError, ArithmeticError, UnicodeError) as error:
-        status = 2 if isinstance(error, InputError) else 1
-        message = f"error: {explain(error)}"
-    print(message, file=sys.stderr)
-    return status
+            message += f"; --resume continues after epoch {len(run.losses)}"
+        print(message, file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 if __name__ == "__main__":

@@ -2,19 +2,17 @@
 
 import contextlib
 import io
-import itertools
 import re
 import struct
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from recipe import script
 
-SAMPLE = script.load_data("sample", None)
 EPOCH = re.compile(r"Epoch (\d+), Loss: (\d\.\d{6}), Test Loss: (\d\.\d{6}), Time: \d+\.\ds")
 
 
@@ -24,91 +22,100 @@ def empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def write_idx(root, train=50, test=20, seed=0, shape=(28, 28)):
-    """Write random images of rank 4 in MNIST's layout below root; return the files' folder."""
+@pytest.fixture(scope="session")
+def sample():
+    return script.load_data("sample")
+
+
+def write_idx(path, array):
+    """Write an array of bytes to an idx file, the format of MNIST."""
+    header = struct.pack(f">{array.ndim + 1}i", 2048 + array.ndim, *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def write_data(root, name="MNIST", train=50, test=20, seed=0, shape=(28, 28)):
+    """Write random images in torchvision's layout below root; return the files' directory."""
+    folder = Path(root, name, "raw")
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    patterns = np.random.default_rng(0).random((4, shape[0] * shape[1]))
-    raw = Path(root, "MNIST", "raw")
-    raw.mkdir(parents=True, exist_ok=True)
+    patterns = 255 * np.random.default_rng(0).random((4, *shape))
     for part, count in (("train", train), ("t10k", test)):
-        images = (rng.random((count, 4)) @ patterns * 63).astype(np.uint8)
-        header = struct.pack(">4i", 2051, count, *shape)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        labels = bytes(i % 2 for i in range(count))
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
-    return raw
+        weights = rng.random((count, 4)) / 4
+        images = np.tensordot(weights, patterns, 1)
+        write_idx(folder / f"{part}-images-idx3-ubyte", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte", np.arange(count) % 2)
+    return folder
+
+
+@dataclass
+class Result:
+    """What a call of main has returned and printed."""
+
+    status: int
+    out: str
+    err: str
 
 
 def call(*arguments, main=script.main):
-    """main() with these arguments: its status, stdout, stderr and stderr's lines."""
-    out, err = io.StringIO(), io.StringIO()
+    """Call main() with these arguments."""
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = main([str(argument) for argument in arguments])
         except SystemExit as stop:
             status = stop.code
-    err = err.getvalue()
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err, lines=err.splitlines())
-
-
-def fails(result, status, *texts):
-    """That a call has ended with this status and one line, which contains the texts."""
-    assert (result.status, len(result.lines), result.err[:7]) == (status, 1, "error: "), result.err
-    assert [str(text) for text in texts if str(text) not in result.err] == [], result.err
-
-
-def raising(function, error, at):
-    """`function`, except that its call number `at` raises the error."""
-    numbers = itertools.count(1)
-
-    def maybe(*arguments, **options):
-        if next(numbers) == at:
-            raise error
-        return function(*arguments, **options)
-
-    return maybe
+    return Result(status, out.getvalue(), err.getvalue())
 
 
 def start(*arguments, **options):
     """The script in a process of its own, as the user starts it."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen([sys.executable, script.__file__, *map(str, arguments)], **options)
+    command = [sys.executable, script.__file__, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, **options)
+
+
+def assert_error(result, *texts, status=2):
+    """Assert that a call has ended with this status and one line with these texts."""
+    assert result.status == status
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    for text in texts:
+        assert str(text) in result.err
 
 
 def read_log(directory="."):
     return Path(directory, "training_log.txt").read_text()
 
 
-def logged(directory="."):
-    """Number, training loss and test loss of the epochs in a log, as text."""
-    return EPOCH.findall(read_log(directory))
-
-
-def result_of(directory="."):
-    """The final state of a run, without machine and times, in which no two runs agree."""
+def state(directory="."):
+    """What a run has computed: header, losses and arrays, without times and versions."""
     run = script.load_run(Path(directory, "model.npz"))
-    assert read_log(directory) == run.log
-    facts = [line for line in run.log.splitlines() if not re.match("# From|Epoch", line)]
-    rows = [(f"{n}", f"{a:.6f}", f"{b:.6f}") for n, (a, b) in enumerate(run.losses, 1)]
-    assert EPOCH.findall(run.log) == rows
-    arrays = (run.model.parameters, run.model.mean_image, run.velocity)
-    return (facts, run.losses, *(array.tobytes() for array in arrays))
+    header = [line for line in run.log.splitlines() if not re.match("# From|Epoch", line)]
+    arrays = [run.model.parameters, run.model.mean_image, run.velocity]
+    return header, run.losses, [array.tobytes() for array in arrays]
 
 
 def snapshot(directory="."):
     """Name and content of all files below directory."""
-    files = (path for path in Path(directory).rglob("*") if path.is_file())
+    files = [path for path in Path(directory).rglob("*") if path.is_file()]
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """The arguments of a run of four epochs on 50 images, and the directory of a finished one."""
-    directory = tmp_path_factory.mktemp("small")
-    write_idx(directory / "data")
-    arguments = ["--data-dir", directory / "data", "--batch-size", 16, "--epochs", 4]
-    assert call(*arguments, "--output-dir", directory / "whole").status == 0
-    return arguments, directory / "whole"
+    """The arguments of a run of four epochs on 50 images."""
+    root = tmp_path_factory.mktemp("small")
+    write_data(root)
+    return ["--data-dir", root, "--batch-size", 16, "--epochs", 4]
+
+
+@pytest.fixture(scope="session")
+def whole(small, tmp_path_factory):
+    """The directory of a finished run with these arguments."""
+    directory = tmp_path_factory.mktemp("whole")
+    assert call(*small, "--output-dir", directory).status == 0
+    return directory
 
 
 @pytest.fixture
