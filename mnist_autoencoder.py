@@ -32,17 +32,17 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Settings:
-    """The hyperparameters. Two runs with the same data and settings agree, up to rounding."""
+    """The hyperparameters. The same settings, data and machine give the same run."""
 
     epochs: int = 100  # passes over the training images
     batch_size: int = 256  # images per mini-batch
-    lr: float = 0.05  # the peak learning rate, for 256 images (see learning_rate_at)
-    decay_fraction: float = 0.65  # Over this last part of the run, the rate falls linearly to 0.
-    momentum: float = 0.985  # sgd_step's velocity is then roughly the sum of 67 gradients
-    # Gradient clipping: a larger gradient is scaled to this norm. Otherwise, one large step could
-    # push all outputs below 0 or above 1, where all gradients are 0, and learning would stop.
+    lr: float = 0.05  # peak learning rate for batches of 256 images (see learning_rate_at)
+    decay_fraction: float = 0.65  # last part of the run, over which the rate falls linearly to 0
+    momentum: float = 0.985  # The velocity sums up about the last 1 / (1 - 0.985) = 67 gradients.
+    # Gradient clipping: longer gradients are scaled down to this norm. Without it, one large step
+    # can push all outputs below 0 or above 1, where all gradients are 0, and learning stops.
     max_gradient_norm: float = 2.0
-    weight_decay: float = 5.0  # of weights and biases; divided by the number of training images
+    weight_decay: float = 5.0  # divided by the number of training images: 5 / 60,000 = 8e-5
     seed: int = 0  # for the random initial weights and the shuffling of the images
 
 
@@ -50,8 +50,8 @@ class Settings:
 # An activation function returns its value at z and its derivative there.
 def elu(z):
     """z where z > 0, exp(z) - 1 elsewhere (Clevert et al. 2016, arxiv.org/abs/1511.07289)."""
-    # The derivative is exp(0) = 1 where z > 0. Elsewhere, exp(z) - 1 is never below z.
-    # np.where and np.expm1 are much slower. The -80 avoids subnormal numbers, which are slow, too.
+    # Where z > 0, the derivative is exp(0) = 1, and z is above 0. Elsewhere, exp(z) - 1 is above z.
+    # (np.where and np.expm1 are much slower, and so are subnormal numbers, which -80 avoids.)
     derivative = np.exp(np.clip(z, -80, 0))
     return np.maximum(z, derivative - 1), derivative
 
@@ -68,7 +68,7 @@ def clamp(z):
 
 # A loss function returns the loss of n images and its derivative with respect to the outputs.
 def squared_error(outputs, images):
-    """The sum over the pixels of (output - image)^2, and the mean of that over the images."""
+    """(output - image)^2, summed over the pixels and averaged over the images."""
     error = outputs - images
     return np.sum(np.square(error)) / len(error), 2 / len(error) * error
 
@@ -82,9 +82,14 @@ ENCODER = (
 DECODER = (
     Layer(128, 256, elu),
     Layer(256, 512, elu),
-    Layer(512, 784, clamp),  # Four fifths of MNIST's pixels are 0, which a sigmoid never reaches.
+    Layer(512, 784, clamp),  # 0 for black, as most pixels are; a sigmoid never reaches it
 )
 LOSS = squared_error
+
+
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """Convert uint8 images to float32 pixels in [0, 1]."""
+    return np.divide(images, 255, dtype=np.float32)
 
 
 class Autoencoder:
@@ -97,14 +102,13 @@ class Autoencoder:
         a_(k+1) = f_k(z_(k+1))
 
     where f_k is the activation function of layer k. The encoder's output a_3, of shape (n, 128), is
-    the latent code, and the decoder's output a_6 is the reconstruction of x. The vector
-    `parameters` holds all weights and biases.
+    the latent code; the decoder's output a_6 reconstructs x. All W_k and b_k lie in `parameters`.
 
     Weights are drawn from a normal distribution with variance 2 / inputs (He et al. 2015,
     arxiv.org/abs/1502.01852); biases start at 0. The last layer's weights start at 0 and its biases
     at the mean image, which the untrained network then outputs. With random weights, many outputs
-    would start below 0 or above 1, where clamp's derivative is 0 and nothing is learned. Zero
-    weights pass no gradient back, but only in the first step.
+    would start below 0 or above 1, where clamp's derivative is 0 and nothing is learned. In the
+    first step, zero weights pass no gradient back; after it, they are no longer 0.
     """
 
     def __init__(self, mean_image, seed=0, encoder=ENCODER, decoder=DECODER, dtype=np.float32):
@@ -112,15 +116,14 @@ class Autoencoder:
         for layer, following in zip(self.layers, self.layers[1:] + encoder[:1], strict=True):
             if layer.outputs != following.inputs:
                 raise ValueError(f"the outputs of {layer} are not the inputs of {following}")
-        self.encoder_range = range(len(encoder))
-        self.decoder_range = range(len(encoder), len(self.layers))
+        self.code_index = len(encoder)  # The code is a_(code_index).
         self.image_size = encoder[0].inputs
         self.mean_image = np.asarray(mean_image, dtype).reshape(self.image_size)
         size = sum((layer.inputs + 1) * layer.outputs for layer in self.layers)
         self.parameters = np.zeros(size, dtype)
         weights, biases = self.unpack(self.parameters)
         rng = np.random.default_rng(seed)
-        for w in weights[:-1]:
+        for w in weights[:-1]:  # whose shape is (inputs, outputs)
             w[:] = rng.normal(0, (2 / len(w)) ** 0.5, w.shape)
         biases[-1][:] = self.mean_image
 
@@ -130,19 +133,19 @@ class Autoencoder:
         biases = []
         for layer in self.layers:
             count = layer.inputs * layer.outputs
-            w, b, vector = np.split(vector, [count, count + layer.outputs])
+            w, b, vector = np.split(vector, [count, count + layer.outputs])  # vector is the rest
             weights.append(w.reshape(layer.inputs, layer.outputs))
             biases.append(b)
         return weights, biases
 
-    def forward(self, a: np.ndarray, layers: range | None = None) -> tuple[list[np.ndarray], list]:
-        """The activations, beginning with a, and the derivatives of these layers (default: all)."""
+    def forward(self, a, first: int = 0, last: int | None = None) -> tuple[list, list]:
+        """Apply the layers [first:last] to a; return all activations, from a on, and all f_k'."""
         weights, biases = self.unpack(self.parameters)
         activations = [a]
         derivatives = []
-        for k in layers or range(len(self.layers)):
-            z = activations[-1] @ weights[k] + biases[k]
-            a, derivative = self.layers[k].activation(z)
+        for layer, w, b in list(zip(self.layers, weights, biases, strict=True))[first:last]:
+            z = activations[-1] @ w + b
+            a, derivative = layer.activation(z)
             activations.append(a)
             derivatives.append(derivative)
         return activations, derivatives
@@ -150,8 +153,8 @@ class Autoencoder:
     def backward(self, activations: list, derivatives: list, da: np.ndarray) -> np.ndarray:
         """The gradient of the loss with respect to `parameters`, as a vector of the same layout.
 
-        `activations` and `derivatives` are the results of forward. Write da_k for dloss/da_k, dz_k
-        for dloss/dz_k and * for the elementwise product. LOSS gives `da`, which is da_6; for the
+        `activations` and `derivatives` are the results of forward. Let da_k be dloss/da_k, dz_k be
+        dloss/dz_k and * the elementwise product. LOSS gives `da`, which is da_6; for the
         squared error, it is 2 (a_6 - x) / n. The chain rule gives the others, for k = 5 ... 0:
 
             dz_(k+1)   = da_(k+1) * f_k'(z_(k+1))
@@ -170,40 +173,41 @@ class Autoencoder:
                 da = dz @ weights[k].T
         return gradient
 
-    def outputs(self, a: np.ndarray, layers: range) -> np.ndarray:
-        """The output of the last of these layers, for 1,000 rows of a at a time, to save memory."""
+    def last_activation(self, a, first: int, last: int | None) -> np.ndarray:
+        """The last activation of forward, which is given 1,000 rows at a time, to save memory."""
         parts = [a[start : start + 1000] for start in range(0, len(a), 1000)]
-        return np.concatenate([self.forward(part, layers)[0][-1] for part in parts])
+        return np.concatenate([self.forward(part, first, last)[0][-1] for part in parts])
 
     def encode(self, images) -> np.ndarray:
         """The codes (n, 128) of an array, list or tensor of n images, (n, 784) or (n, 28, 28).
 
-        Pixels are in [0, 1], or uint8, divided by 255 unless all are 0 or 1; else ValueError.
+        Pixels are in [0, 1] or uint8, from 0 to 255. Raises ValueError for others, and for uint8 of
+        only 0 and 1, which could mean either.
         """
         x = np.asarray(images)
-        if x.dtype == np.uint8 and x.max() > 1:
+        is_clear = x.dtype != np.uint8 or x.max() != 1
+        if x.dtype == np.uint8:
             x = to_pixels(x)
-        if x[:1].size != self.image_size or not (x.min() >= 0 and x.max() <= 1):  # true for NaN
-            needed = f"images of {self.image_size} pixels, as uint8 or in [0, 1], are needed"
-            raise ValueError(f"{needed}, not shape {x.shape} from {x.min():g} to {x.max():g}")
+        if x[:1].size != self.image_size or not (is_clear and x.min() >= 0 and x.max() <= 1):
+            needed = f"n x {self.image_size} pixels in [0, 1], or uint8 from 0 to 255"
+            raise ValueError(f"images must be {needed}; their shape is {x.shape}")
         x = x.reshape(len(x), self.image_size).astype(self.mean_image.dtype)
-        return self.outputs(x - self.mean_image, self.encoder_range)
+        return self.last_activation(x - self.mean_image, 0, self.code_index)
 
     def decode(self, codes) -> np.ndarray:
         """The images (n, 784), in [0, 1], of n codes (n, 128)."""
-        return self.outputs(np.asarray(codes, self.mean_image.dtype), self.decoder_range)
+        return self.last_activation(np.asarray(codes, self.mean_image.dtype), self.code_index, None)
+
+    def reconstruct(self, images) -> np.ndarray:
+        """The images (n, 784) that the codes of n images decode to."""
+        return self.decode(self.encode(images))
 
 
 # --------------------------------------------------------------------------------------- training
-def to_pixels(images: np.ndarray) -> np.ndarray:
-    """Convert uint8 images to float32 pixels in [0, 1]."""
-    return np.divide(images, 255, dtype=np.float32)
-
-
 def mean_loss(reconstruct, images: np.ndarray) -> float:
-    """LOSS per pixel between uint8 images (n, 784) and what `reconstruct` makes of their pixels."""
+    """The mean LOSS per pixel of what `reconstruct` returns for the pixels of uint8 images."""
     loss_sum = 0.0
-    for start in range(0, len(images), 1000):  # to need little memory
+    for start in range(0, len(images), 1000):  # to save memory
         x = to_pixels(images[start : start + 1000])
         loss, _ = LOSS(reconstruct(x), x)
         loss_sum += float(loss) * len(x)
@@ -211,10 +215,10 @@ def mean_loss(reconstruct, images: np.ndarray) -> float:
 
 
 def learning_rate_at(step: int, total_steps: int, settings: Settings) -> float:
-    """The learning rate of step 0 ... total_steps - 1: constant at first, then falling to 0.
+    """The learning rate at a step (0 ... total_steps - 1): constant at first, then falling to 0.
 
-    It is proportional to the batch size up to 256 images (Goyal et al., arxiv.org/abs/1706.02677),
-    and to the root of the size above.
+    It is proportional to the batch size up to 256 images (Goyal et al. 2017,
+    arxiv.org/abs/1706.02677), and to its square root beyond that.
     """
     ratio = settings.batch_size / 256
     peak = settings.lr * min(ratio, ratio**0.5)
@@ -231,15 +235,15 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
         parameters <- parameters - learning_rate * (g + v)
 
     Nesterov momentum evaluates the gradient at a look-ahead point, where the velocity alone would
-    take the parameters (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). That is
-    what `parameters` stores, so each step undoes the last look-ahead and adds the next one.
-    Without clipping, a step equals one of torch.optim.SGD with nesterov=True.
+    take the parameters (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). That
+    point is what `parameters` stores: learning_rate * g is the step from it, and learning_rate * v
+    is the next look-ahead. Without clipping, this is torch.optim.SGD with nesterov=True.
     """
     scale = 1.0
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:
         scale = settings.max_gradient_norm / norm
-    for start in range(0, len(parameters), 65_536):  # Such parts fit into the processor's cache.
+    for start in range(0, len(parameters), 65_536):  # Parts of this size fit in the cache.
         part = slice(start, start + 65_536)
         g = scale * gradient[part] + decay * parameters[part]
         velocity[part] = settings.momentum * (velocity[part] + g)
@@ -247,16 +251,13 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
 
 
 def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Settings) -> float:
-    """Train for epoch 1, 2, ... with uint8 images (n, 784), and update velocity.
-
-    Returns the mean loss per pixel; that of each mini-batch is measured before its step.
-    """
+    """Train for one epoch on uint8 images (n, 784); return the mean loss per pixel before steps."""
     batch_starts = range(0, len(images), settings.batch_size)
     total_steps = settings.epochs * len(batch_starts)
     first_step = (epoch - 1) * len(batch_starts)
     # A generator for each epoch, so that a resumed run shuffles like one never interrupted.
     order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
-    decay = settings.weight_decay / len(images)  # More images need less.
+    decay = settings.weight_decay / len(images)
     loss_sum = 0.0
     for step, batch_start in enumerate(batch_starts, first_step):
         batch_indices = order[batch_start : batch_start + settings.batch_size]
@@ -285,7 +286,7 @@ MNIST_CHECKSUM = "48131c26b7c563dd"
 def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset:
     """Load MNIST, FashionMNIST or KMNIST from data_dir, or the "sample". Raises InputError.
 
-    Missing files are downloaded only to the default; if that fails for MNIST, the sample is used.
+    Files are downloaded only if data_dir is the default. If MNIST can't be, the sample is used.
     """
     from torchvision import datasets  # here, because PyTorch takes seconds to import
 
@@ -294,6 +295,7 @@ def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset
     load = getattr(datasets, name)
     folder = root / name / "raw"  # where torchvision looks for these files
     files = [archive.removesuffix(".gz") for archive, _ in load.resources]
+    # Nothing is ever downloaded to a directory that the user named.
     download = root == DATA_DIR and not all((folder / file).exists() for file in files)
     try:
         if download:
@@ -310,7 +312,7 @@ def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset
     arrays = [np.from_dlpack(tensor) for tensor in (training.data, test.data, test.targets)]
     images, test_images, test_labels = arrays
     size = ENCODER[0].inputs
-    if {images[0].size, test_images[0].size} != {size} or images.max() < 2:
+    if {images[0].size, test_images[0].size} != {size} or images.max() < 2:  # 1 is no white
         raise InputError(f"{folder} must hold images of {size} pixels (see ENCODER), from 0 to 255")
     checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
     name = "MNIST" if checksum == MNIST_CHECKSUM else f"{root.resolve().name}/{name}"
@@ -325,7 +327,7 @@ PLOTS = ("plots/loss_curve.png", "plots/latent_space.png", "plots/reconstruction
 
 def fit_pca(dataset: Dataset) -> tuple[PCA, float]:
     """PCA of the training images, with codes as large as the network's, and its test loss."""
-    components = min(ENCODER[-1].outputs, *dataset.images.shape)  # no more than there are images
+    components = min(ENCODER[-1].outputs, *dataset.images.shape)  # at most the number of images
     pca = PCA(components, svd_solver="covariance_eigh").fit(to_pixels(dataset.images))
     return pca, mean_loss(lambda x: pca.inverse_transform(pca.transform(x)), dataset.test_images)
 
@@ -338,7 +340,7 @@ class Run:
     velocity: np.ndarray  # a vector with the layout of model.parameters
     losses: list[list[float]]  # training loss and test loss of every epoch
     log: str  # the whole log; training_log.txt may lag behind it if the run is killed
-    saved_at: int  # when this run last wrote or read model.npz, or began; in nanoseconds
+    saved_at: int  # when model.npz was saved or, before that, the run began (nanoseconds)
 
 
 def describe(layers: tuple[Layer, ...]) -> str:
@@ -351,7 +353,7 @@ NETWORK += f"# loss: {LOSS.__name__}\n"
 
 
 def load_run(path: str | Path, header: str = NETWORK) -> Run:
-    """Read a run, with its `model`, whose log has all lines of `header`. Raises InputError."""
+    """Load a saved run and its `model`. Its log must contain every line of `header`: InputError."""
     try:
         with np.load(path) as file:
             log = str(file["log"])
@@ -368,7 +370,7 @@ def load_run(path: str | Path, header: str = NETWORK) -> Run:
 
 
 def start_run(resume: bool, dataset, settings, pca: PCA, pca_loss: float, output: Path) -> Run:
-    """A new run, or the saved one in `output`, which is made if needed. Raises InputError."""
+    """A new run, or the saved one in `output`; creates that directory. Raises InputError."""
     facts = {"data": dataset.description, **asdict(settings)}
     header = NETWORK + "".join(f"# {name}: {value}\n" for name, value in facts.items())
     if resume:
@@ -377,13 +379,11 @@ def start_run(resume: bool, dataset, settings, pca: PCA, pca_loss: float, output
         model = Autoencoder(dataset.images.mean(axis=0) / 255, settings.seed)
         log = f"{header}# Test Loss of PCA with {pca.n_components_} components: {pca_loss:.6f}\n"
         run = Run(model, np.zeros_like(model.parameters), [], log, time.time_ns())
-        if (output / "training_log.txt").exists():
+        if (output / "model.npz").exists() or (output / "training_log.txt").exists():
             print(f"note: the first epoch replaces the run in {output.resolve()}", file=sys.stderr)
     (output / "plots").mkdir(parents=True, exist_ok=True)
     if len(run.losses) < settings.epochs:
-        run.log += (
-            f"# From epoch {len(run.losses) + 1} on: {dataset.name}, NumPy {np.__version__}\n"
-        )
+        run.log += f"# From epoch {len(run.losses) + 1}: {dataset.name}, NumPy {np.__version__}\n"
     return run
 
 
@@ -396,31 +396,29 @@ def save_epoch(run: Run, losses: list[float], line: str, output: Path) -> None:
     log = f"{run.log}{line}\n"
     arrays = {"mean_image": run.model.mean_image, "parameters": run.model.parameters}
     arrays |= {"velocity": run.velocity, "losses": all_losses, "log": log}
-    temporary = output / f".part.{os.getpid()}.npz"  # renamed, so that model.npz is always whole
+    temporary = output / f".part.{os.getpid()}.npz"
     np.savez(temporary, **arrays)
-    # Until this line, a new run leaves an earlier run's files alone. From here on, --resume works.
-    os.replace(temporary, path)
+    os.replace(temporary, path)  # At this instant, the epoch is saved, and an earlier run replaced.
     run.saved_at = path.stat().st_mtime_ns
-    run.losses = all_losses  # after saving, so that main never reports an epoch that is not saved
+    run.losses = all_losses
     run.log = log
     (output / "training_log.txt").write_text(log, encoding="utf-8")
-    for name in PLOTS:  # of an earlier run
-        (output / name).unlink(missing_ok=True)
+    for name in PLOTS:
+        (output / name).unlink(missing_ok=True)  # It may be of an earlier run.
 
 
 def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
     """Train for the remaining epochs; save, log and print each. Raises InputError."""
     mean_image_loss = mean_loss(lambda x: run.model.mean_image, dataset.images)
+    limit = 1.01 * max(mean_image_loss, mean_loss(run.model.reconstruct, dataset.images))
     done = len(run.losses)
     remaining = range(done + 1, settings.epochs + 1)
-    # disable=None shows the progress bar only in a terminal.
-    for epoch in tqdm(remaining, initial=done, total=settings.epochs, unit="epoch", disable=None):
+    for epoch in tqdm(remaining, initial=done, total=settings.epochs, disable=None):  # in terminals
         start = time.perf_counter()
         loss = train_epoch(run.model, run.velocity, dataset.images, epoch, settings)
-        test_loss = mean_loss(lambda x: run.model.decode(run.model.encode(x)), dataset.test_images)
+        test_loss = mean_loss(run.model.reconstruct, dataset.test_images)
         seconds = time.perf_counter() - start
-        # 1% more than the mean image's loss is for rounding. Comparisons with NaN are false.
-        if not (loss <= 1.01 * mean_image_loss and np.isfinite(test_loss)):
+        if not (loss <= limit and np.isfinite(test_loss)):  # NaN is not below the limit.
             rates = f"--lr {settings.lr:g} (default: {Settings.lr:g})"
             raise InputError(f"training diverged in epoch {epoch} with {rates}")
         line = f"Epoch {epoch}, Loss: {loss:.6f}, Test Loss: {test_loss:.6f}, Time: {seconds:.1f}s"
@@ -428,11 +426,11 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         with tqdm.external_write_mode():  # above the progress bar
             print(line, flush=True)
     if run.losses[-1][0] > 0.9 * mean_image_loss:
-        print("warning: the network has learned next to nothing", file=sys.stderr)
+        print("warning: the network is hardly better than the mean image", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------ plots
-COLORS = np.array(color_sequences["petroff10"])  # for colour-blind readers, too
+COLORS = np.array(color_sequences["petroff10"])  # told apart by colour-blind readers, too
 LOSS_NAME = f"mean {LOSS.__name__.replace('_', ' ')}"  # per pixel
 
 
@@ -456,7 +454,7 @@ def plot_losses(losses, pca_loss: float, name: str) -> Figure:
 
 
 def plot_latent_space(model: Autoencoder, dataset: Dataset) -> Figure:
-    """The test images' codes in their first two principal components, and that plane decoded."""
+    """The test images' codes in their principal plane, and images decoded from its points."""
     codes = model.encode(dataset.test_images)
     pca = PCA(min(2, *codes.shape), svd_solver="full").fit(codes)
     directions = np.zeros((2, codes.shape[1]))  # The second stays 0 if a code is one number.
@@ -475,24 +473,24 @@ def plot_latent_space(model: Autoencoder, dataset: Dataset) -> Figure:
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     left.set_title(f"Codes of the test images of {dataset.name}")
     right.set_title("Images decoded from the points of this plane")
-    shares = [f"{share:.0%} of the variance" for share in pca.explained_variance_ratio_]
+    shares = [f"{share:.0%} of the variance" for share in (*pca.explained_variance_ratio_, 0)]
     figure.supxlabel(f"first principal component ({shares[0]})", size="medium")
-    left.set(ylabel=f"second principal component ({shares[-1]})", aspect="equal")
-    order = np.random.default_rng(0).permutation(len(points))  # so that no digit hides another
+    left.set(ylabel=f"second principal component ({shares[1]})", aspect="equal")
+    order = np.random.default_rng(0).permutation(len(points))  # so that no digit is always on top
     colors = COLORS[dataset.test_labels[order] % 10]
     left.scatter(*points[order].T, s=12, c=colors, linewidths=0)
     for label in np.unique(dataset.test_labels):
         left.scatter([], [], s=80, color=COLORS[label % 10], label=label)
     figure.legend(loc="outside upper center", ncols=10, frameon=False)
-    right.imshow(picture, "gray", vmin=0, vmax=1, extent=edges)  # and limits both panels
+    right.imshow(picture, "gray", vmin=0, vmax=1, extent=edges)  # Its extent limits both panels.
     return figure
 
 
 def plot_reconstructions(model: Autoencoder, dataset: Dataset, pca: PCA) -> Figure:
-    """The first test image of each label, and what the network and PCA make of it."""
+    """The first test image of each label, and its reconstructions by the network and by PCA."""
     _, first_places = np.unique(dataset.test_labels, return_index=True)
     x = to_pixels(dataset.test_images[first_places[:10]])
-    outputs = model.decode(model.encode(x))
+    outputs = model.reconstruct(x)
     pca_outputs = pca.inverse_transform(pca.transform(x))
     rows = {"original": x, "autoencoder": outputs, "output -\noriginal": outputs - x}
     rows |= {"PCA": pca_outputs, "PCA -\noriginal": pca_outputs - x}
@@ -514,8 +512,8 @@ def plot_reconstructions(model: Autoencoder, dataset: Dataset, pca: PCA) -> Figu
 
 
 def finish(run: Run, dataset: Dataset, pca: PCA, pca_loss: float, output: Path) -> None:
-    """Draw the plots into output/plots, and print what came out. Raises OSError."""
-    (output / "training_log.txt").write_text(run.log, encoding="utf-8")  # whole after a kill, too
+    """Draw the plots into output/plots, and print the final test loss. Raises OSError."""
+    (output / "training_log.txt").write_text(run.log, encoding="utf-8")  # complete after a kill too
     # Ignore the user's matplotlibrc, and take a dollar sign in a directory's name as it is.
     with style.context(["default", {"text.parse_math": False}]):
         plot_losses(run.losses, pca_loss, dataset.name).savefig(output / PLOTS[0])
@@ -527,12 +525,14 @@ def finish(run: Run, dataset: Dataset, pca: PCA, pca_loss: float, output: Path) 
 # ----------------------------------------------------------------------------------- command line
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Exits with status 2 if it is invalid."""
-    parser = argparse.ArgumentParser(description="Train an autoencoder.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Settings in the script tells more.", allow_abbrev=False
+    )
     add = parser.add_argument
     text = "default: MNIST, or the sample (5,000 of its images) if the download fails"
     names = ("MNIST", "FashionMNIST", "KMNIST", "sample")
     add("--dataset", choices=names, default="MNIST", help=text)
-    text = "a directory in torchvision's layout (default: data, to which data sets are downloaded)"
+    text = "where data sets are, in torchvision's layout (default: data; downloads go there only)"
     add("--data-dir", type=Path, default=DATA_DIR, help=text)
     add("--output-dir", type=Path, default=Path(), help="where to write to (default: here)")
     add("--resume", action="store_true", help="continue the run in --output-dir")
@@ -540,9 +540,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         text = f"default: {field.default}"
         add("--" + field.name.replace("_", "-"), type=field.type, default=field.default, help=text)
     args = parser.parse_args(argv)
-    positive = min(args.epochs, args.batch_size, args.lr, args.decay_fraction) > 0
-    if not positive or args.seed < 0 or not 0 <= args.momentum < 1:
-        parser.error("epochs, batch size, lr, decay fraction > 0; seed >= 0; momentum in [0, 1)")
+    positive = (args.epochs, args.batch_size, args.lr, args.decay_fraction, args.max_gradient_norm)
+    if min(positive) <= 0 or args.weight_decay < 0 or args.seed < 0 or not 0 <= args.momentum < 1:
+        parser.error("a number is not positive (weight decay, seed: at least 0; momentum: below 1)")
     return args
 
 
@@ -550,13 +550,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns 0, or 1 after a failure, 2 for invalid input, 130 after Ctrl-C."""
     args = parse_arguments(argv)
     output = args.output_dir.expanduser()
-    socket.setdefaulttimeout(30)  # seconds until a download is given up if the server is silent
+    socket.setdefaulttimeout(30)  # gives up a download after 30 silent seconds
     run = None
     try:
         dataset = load_data(args.dataset, args.data_dir)
         args.batch_size = min(args.batch_size, len(dataset.images))
         settings = Settings(*(getattr(args, field.name) for field in fields(Settings)))
-        # 8 threads, or fewer if this process may only use fewer. More than 8 do not help.
+        # At most 8 threads, because more do not help, and no more than this process may use.
         threads = min(8, joblib.cpu_count(), *(pool["num_threads"] for pool in threadpool_info()))
         with threadpool_limits(threads, "blas"), np.errstate(all="ignore"):  # train checks the loss
             pca, pca_loss = fit_pca(dataset)
@@ -571,7 +571,7 @@ def main(argv: list[str] | None = None) -> int:
     except (KeyboardInterrupt, OSError, MemoryError, UnicodeError) as error:
         message = f"stopped by {type(error).__name__}: {error}".removesuffix(": ")
         if run and run.losses:
-            message += f"; --resume continues after epoch {len(run.losses)}"
+            message += f"; the same command with --resume continues after epoch {len(run.losses)}"
         print(message, file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
 

@@ -43,7 +43,13 @@ def test_loss_curve_shows_every_epoch_and_pca_and_names_the_last_losses(epochs):
 def linear_model(images, size):
     """A model that encodes images by PCA and decodes them linearly."""
     pca = PCA(size).fit(images)
-    return SimpleNamespace(encode=pca.transform, decode=pca.inverse_transform)
+
+    def reconstruct(images):
+        return pca.inverse_transform(pca.transform(images))
+
+    return SimpleNamespace(
+        encode=pca.transform, decode=pca.inverse_transform, reconstruct=reconstruct
+    )
 
 
 @pytest.mark.parametrize("size", [128, 2, 1])
@@ -116,7 +122,7 @@ EDITS = {  # the size of the code, and the edits
     "one number": (1, recipe.code_of(1)),
     "a code wider than other layers": (300, recipe.code_of(300)),
     "ReLU": (128, recipe.VARIANTS["ReLU instead of ELU"]),
-    "sigmoid": (128, recipe.VARIANTS["sigmoid instead of clamp"]),
+    "sigmoid": (128, [recipe.define(recipe.sigmoid), (", clamp)", ", sigmoid)")]),
     "a layer more": (16, DEEPER),
     "a layer fewer": (128, SHALLOWER),
     "another loss": (
@@ -244,5 +250,5 @@ def test_all_of_mnist():
         pytest.skip("needs all of MNIST in data, or in the directory that MNIST_DIR names")
     result = call("--data-dir", MNIST_DIR, "--epochs", 2)
     assert result.status == 0
-    assert "# From epoch 1 on: MNIST, " in result.out
+    assert "# From epoch 1: MNIST, " in result.out
     assert script.load_run("model.npz").losses[-1][1] < 0.002
