@@ -525,9 +525,7 @@ def finish(run: Run, dataset: Dataset, pca: PCA, pca_loss: float, output: Path) 
 # ----------------------------------------------------------------------------------- command line
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Exits with status 2 if it is invalid."""
-    parser = argparse.ArgumentParser(
-        description="Settings in the script tells more.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Train an autoencoder.", allow_abbrev=False)
     add = parser.add_argument
     text = "default: MNIST, or the sample (5,000 of its images) if the download fails"
     names = ("MNIST", "FashionMNIST", "KMNIST", "sample")
@@ -537,12 +535,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path(), help="where to write to (default: here)")
     add("--resume", action="store_true", help="continue the run in --output-dir")
     for field in fields(Settings):
-        text = f"default: {field.default}"
+        text = f"default: {field.default} (see Settings in the script)"
         add("--" + field.name.replace("_", "-"), type=field.type, default=field.default, help=text)
     args = parser.parse_args(argv)
     positive = (args.epochs, args.batch_size, args.lr, args.decay_fraction, args.max_gradient_norm)
     if min(positive) <= 0 or args.weight_decay < 0 or args.seed < 0 or not 0 <= args.momentum < 1:
-        parser.error("a number is not positive (weight decay, seed: at least 0; momentum: below 1)")
+        text = "epochs, batch size, lr, decay fraction and gradient norm must be positive"
+        parser.error(f"{text}, weight decay and seed not negative, momentum from 0 to below 1")
     return args
 
 

@@ -9,18 +9,18 @@ A rival is named by its optimizer, its peak learning rate and its batch size: ad
 
 import argparse
 import json
+import platform
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 
 import joblib
 import numpy as np
 import torch
-from recipe import ROOT, in_two_processes, load_mnist, mean_and_deviation, script, train
+from recipe import ROOT, in_two_processes, mean_and_deviation, script, train
 from threadpoolctl import threadpool_info, threadpool_limits
 
 SETTINGS = script.Settings()
@@ -121,10 +121,9 @@ class Rival:
         if self.kind == "sgd":
             options = {"momentum": SETTINGS.momentum, "nesterov": True, "weight_decay": decay}
             optimizer = torch.optim.SGD(parameters, fused=True, **options)
-        elif self.kind == "adamw":
-            optimizer = torch.optim.AdamW(parameters, fused=True)
         else:
-            optimizer = torch.optim.Adam(parameters, fused=True)
+            adam = torch.optim.AdamW if self.kind == "adamw" else torch.optim.Adam
+            optimizer = adam(parameters, fused=True)
         self.step = optimizer_step(self.network, optimizer)
         if self.kind == "compiled":
             self.step = torch.no_grad()(compiled_step(self.network, decay))
@@ -196,10 +195,7 @@ def compare_times():
             np.testing.assert_allclose(losses[:5], np.transpose(results[OURS])[0][:5], rtol=0.01)
         ratios = seconds[1:] / np.transpose(results[OURS])[1][1:]  # The first round is a warm-up.
         print(f"{name} | {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})")
-    versions = [f"{package} {version(package)}" for package in ("numpy", "torch")]
-    cpuinfo = Path("/proc/cpuinfo")
-    processor = cpuinfo.read_text().partition("model name\t: ")[2] if cpuinfo.exists() else ""
-    print("\n" + ", ".join([*versions, processor.partition("\n")[0]]))
+    print(f"\nNumPy {np.__version__}, PyTorch {torch.__version__}, {platform.processor()}")
 
 
 # The race. ---------------------------------------------------------------------------------------
@@ -239,7 +235,8 @@ def main():
     elif arguments.what == "step":
         compare_times()
     else:
-        race(load_mnist(arguments.data_dir), arguments.epochs, arguments.rivals)
+        dataset = script.load_data("MNIST", arguments.data_dir)
+        race(dataset, arguments.epochs, arguments.rivals)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
     python tests/recipe.py variants      train with one change at a time (half an hour)
     python tests/recipe.py code-sizes    draw code_sizes.png and code_of_2.png (half an hour)
 
-Both need MNIST in `data`, or where --data-dir says. Two processes share the work, with one thread
-each.
+Both need MNIST in `data`, or where --data-dir says. Their two processes have one thread each.
 """
 
 import argparse
@@ -100,14 +99,6 @@ VARIANTS = {  # name: [(old text, new text), ...]
 
 
 # Training. ---------------------------------------------------------------------------------------
-def load_mnist(data_dir):
-    """All of MNIST. Without it, the program ends with a message."""
-    try:
-        return script.load_data("MNIST", data_dir)
-    except script.InputError as error:
-        sys.exit(f"name MNIST's directory with --data-dir: {error}")
-
-
 def train(module, dataset, epochs, seed=0):
     """Train a network by an edited script; return it, its training loss and its test loss."""
     settings = module.Settings(epochs=epochs, seed=seed)
@@ -140,7 +131,8 @@ def variant_losses(name, seeds, dataset, epochs):
     module = edited_script(VARIANTS[name])
     losses = [train(module, dataset, epochs, seed)[1:] for seed in range(seeds)]
     _, pca_loss = module.fit_pca(dataset)
-    return *np.transpose(losses), pca_loss
+    training, test = np.transpose(losses)
+    return training, test, pca_loss
 
 
 def variants(dataset, arguments):
@@ -206,7 +198,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=2, help="of variants (default: 2)")
     arguments = parser.parse_args()
     arguments.epochs = arguments.epochs or (10 if arguments.what == "variants" else 100)
-    jobs[arguments.what](load_mnist(arguments.data_dir), arguments)
+    jobs[arguments.what](script.load_data("MNIST", arguments.data_dir), arguments)
 
 
 if __name__ == "__main__":
