@@ -32,13 +32,13 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Settings:
-    """The hyperparameters. The same settings, data and machine give the same run."""
+    """The hyperparameters. The same settings, data, machine and libraries give the same run."""
 
     epochs: int = 100  # passes over the training images
     batch_size: int = 256  # images per mini-batch
     lr: float = 0.05  # peak learning rate for batches of 256 images (see learning_rate_at)
-    decay_fraction: float = 0.65  # last part of the run, over which the rate falls linearly to 0
-    momentum: float = 0.985  # The velocity sums up about the last 1 / (1 - 0.985) = 67 gradients.
+    decay_fraction: float = 0.65  # final part of the run, during which the rate falls to 0
+    momentum: float = 0.985  # The velocity is about the sum of the last 1 / (1 - 0.985) = 67 steps.
     # Gradient clipping: longer gradients are scaled down to this norm. Without it, one large step
     # can push all outputs below 0 or above 1, where all gradients are 0, and learning stops.
     max_gradient_norm: float = 2.0
@@ -50,23 +50,23 @@ class Settings:
 # An activation function returns its value at z and its derivative there.
 def elu(z):
     """z where z > 0, exp(z) - 1 elsewhere (Clevert et al. 2016, arxiv.org/abs/1511.07289)."""
-    # Where z > 0, the derivative is exp(0) = 1, and z is above 0. Elsewhere, exp(z) - 1 is above z.
+    # As exp(z) - 1 >= z for z <= 0, and is 0 where z is clipped to 0, maximum finds the value.
     # (np.where and np.expm1 are much slower, and so are subnormal numbers, which -80 avoids.)
     derivative = np.exp(np.clip(z, -80, 0))
     return np.maximum(z, derivative - 1), derivative
 
 
 def linear(z):
-    """The identity: z, with the derivative 1."""
+    """z itself; the derivative is 1."""
     return z, 1
 
 
 def clamp(z):
-    """0 where z < 0, 1 where z > 1, z in between; the derivative is 1 in between, 0 elsewhere."""
+    """z, but 0 where z < 0 and 1 where z > 1; the derivative is 1 between 0 and 1, 0 elsewhere."""
     return np.clip(z, 0, 1), (z > 0) & (z < 1)
 
 
-# A loss function returns the loss of n images and its derivative with respect to the outputs.
+# A loss function returns the mean loss of n images and its derivative with respect to the outputs.
 def squared_error(outputs, images):
     """(output - image)^2, summed over the pixels and averaged over the images."""
     error = outputs - images
@@ -82,7 +82,7 @@ ENCODER = (
 DECODER = (
     Layer(128, 256, elu),
     Layer(256, 512, elu),
-    Layer(512, 784, clamp),  # 0 for black, as most pixels are; a sigmoid never reaches it
+    Layer(512, 784, clamp),  # Most pixels are exactly 0, which a sigmoid never reaches.
 )
 LOSS = squared_error
 
@@ -102,7 +102,7 @@ class Autoencoder:
         a_(k+1) = f_k(z_(k+1))
 
     where f_k is the activation function of layer k. The encoder's output a_3, of shape (n, 128), is
-    the latent code; the decoder's output a_6 reconstructs x. All W_k and b_k lie in `parameters`.
+    the latent code; the decoder's output a_6 reconstructs x. `parameters` holds all W_k, b_k.
 
     Weights are drawn from a normal distribution with variance 2 / inputs (He et al. 2015,
     arxiv.org/abs/1502.01852); biases start at 0. The last layer's weights start at 0 and its biases
@@ -113,7 +113,8 @@ class Autoencoder:
 
     def __init__(self, mean_image, seed=0, encoder=ENCODER, decoder=DECODER, dtype=np.float32):
         self.layers = (*encoder, *decoder)
-        for layer, following in zip(self.layers, self.layers[1:] + encoder[:1], strict=True):
+        # The first layer also follows the last one, because outputs are as large as inputs.
+        for layer, following in zip(self.layers, (*self.layers[1:], encoder[0]), strict=True):
             if layer.outputs != following.inputs:
                 raise ValueError(f"the outputs of {layer} are not the inputs of {following}")
         self.code_index = len(encoder)  # The code is a_(code_index).
@@ -174,21 +175,21 @@ class Autoencoder:
         return gradient
 
     def last_activation(self, a, first: int, last: int | None) -> np.ndarray:
-        """The last activation of forward, which is given 1,000 rows at a time, to save memory."""
+        """The last activation of forward, which runs on 1,000 rows at a time, to save memory."""
         parts = [a[start : start + 1000] for start in range(0, len(a), 1000)]
         return np.concatenate([self.forward(part, first, last)[0][-1] for part in parts])
 
     def encode(self, images) -> np.ndarray:
         """The codes (n, 128) of an array, list or tensor of n images, (n, 784) or (n, 28, 28).
 
-        Pixels are in [0, 1] or uint8, from 0 to 255. Raises ValueError for others, and for uint8 of
-        only 0 and 1, which could mean either.
+        Pixels are in [0, 1], or uint8 from 0 to 255. Raises ValueError for anything else.
         """
         x = np.asarray(images)
-        is_clear = x.dtype != np.uint8 or x.max() != 1
         if x.dtype == np.uint8:
+            if x.max() == 1:
+                raise ValueError("images of uint8 must be 0 to 255, not only 0 and 1")
             x = to_pixels(x)
-        if x[:1].size != self.image_size or not (is_clear and x.min() >= 0 and x.max() <= 1):
+        if x[:1].size != self.image_size or not (x.min() >= 0 and x.max() <= 1):  # not: for NaN
             needed = f"n x {self.image_size} pixels in [0, 1], or uint8 from 0 to 255"
             raise ValueError(f"images must be {needed}; their shape is {x.shape}")
         x = x.reshape(len(x), self.image_size).astype(self.mean_image.dtype)
@@ -199,13 +200,13 @@ class Autoencoder:
         return self.last_activation(np.asarray(codes, self.mean_image.dtype), self.code_index, None)
 
     def reconstruct(self, images) -> np.ndarray:
-        """The images (n, 784) that the codes of n images decode to."""
+        """Encode n images, and decode their codes to images (n, 784)."""
         return self.decode(self.encode(images))
 
 
 # --------------------------------------------------------------------------------------- training
 def mean_loss(reconstruct, images: np.ndarray) -> float:
-    """The mean LOSS per pixel of what `reconstruct` returns for the pixels of uint8 images."""
+    """The mean LOSS per pixel of uint8 images (n, 784), scaled to [0, 1] and reconstructed."""
     loss_sum = 0.0
     for start in range(0, len(images), 1000):  # to save memory
         x = to_pixels(images[start : start + 1000])
@@ -234,10 +235,10 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
         v          <- momentum * (v + g)
         parameters <- parameters - learning_rate * (g + v)
 
-    Nesterov momentum evaluates the gradient at a look-ahead point, where the velocity alone would
-    take the parameters (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). That
-    point is what `parameters` stores: learning_rate * g is the step from it, and learning_rate * v
-    is the next look-ahead. Without clipping, this is torch.optim.SGD with nesterov=True.
+    Nesterov momentum takes the gradient at a look-ahead point, where the velocity alone would take
+    the parameters (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). `parameters`
+    is that point: an update moves it by the gradient, and then looks ahead by the new velocity.
+    Without clipping, this is torch.optim.SGD with nesterov=True.
     """
     scale = 1.0
     norm = float(np.linalg.norm(gradient))
@@ -251,11 +252,11 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
 
 
 def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Settings) -> float:
-    """Train for one epoch on uint8 images (n, 784); return the mean loss per pixel before steps."""
+    """Train for an epoch on uint8 images (n, 784); return the mean loss per pixel before steps."""
     batch_starts = range(0, len(images), settings.batch_size)
     total_steps = settings.epochs * len(batch_starts)
     first_step = (epoch - 1) * len(batch_starts)
-    # A generator for each epoch, so that a resumed run shuffles like one never interrupted.
+    # A generator for each epoch, so that a resumed run shuffles as an uninterrupted one does.
     order = np.random.default_rng((settings.seed, epoch)).permutation(len(images))
     decay = settings.weight_decay / len(images)
     loss_sum = 0.0
@@ -280,13 +281,13 @@ class InputError(Exception):
 Dataset = namedtuple("Dataset", "name description images test_images test_labels image_shape")
 SAMPLE_DIR = Path(__file__).resolve().parent / "data" / "sample"
 DATA_DIR = Path("data")
-MNIST_CHECKSUM = "48131c26b7c563dd"
+MNIST_CHECKSUM = "48131c26b7c563dd"  # Only these files are called MNIST in log and plots.
 
 
 def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset:
     """Load MNIST, FashionMNIST or KMNIST from data_dir, or the "sample". Raises InputError.
 
-    Files are downloaded only if data_dir is the default. If MNIST can't be, the sample is used.
+    Missing files are downloaded only to the default. If that fails for MNIST, the sample is used.
     """
     from torchvision import datasets  # here, because PyTorch takes seconds to import
 
@@ -295,7 +296,6 @@ def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset
     load = getattr(datasets, name)
     folder = root / name / "raw"  # where torchvision looks for these files
     files = [archive.removesuffix(".gz") for archive, _ in load.resources]
-    # Nothing is ever downloaded to a directory that the user named.
     download = root == DATA_DIR and not all((folder / file).exists() for file in files)
     try:
         if download:
@@ -312,7 +312,7 @@ def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset
     arrays = [np.from_dlpack(tensor) for tensor in (training.data, test.data, test.targets)]
     images, test_images, test_labels = arrays
     size = ENCODER[0].inputs
-    if {images[0].size, test_images[0].size} != {size} or images.max() < 2:  # 1 is no white
+    if {images[0].size, test_images[0].size} != {size} or images.max() < 2:  # already scaled
         raise InputError(f"{folder} must hold images of {size} pixels (see ENCODER), from 0 to 255")
     checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
     name = "MNIST" if checksum == MNIST_CHECKSUM else f"{root.resolve().name}/{name}"
@@ -334,13 +334,13 @@ def fit_pca(dataset: Dataset) -> tuple[PCA, float]:
 
 @dataclass
 class Run:
-    """The state of a run, which model.npz stores after every epoch."""
+    """The state of a run, which model.npz stores (but for saved_at) after every epoch."""
 
     model: Autoencoder
     velocity: np.ndarray  # a vector with the layout of model.parameters
     losses: list[list[float]]  # training loss and test loss of every epoch
     log: str  # the whole log; training_log.txt may lag behind it if the run is killed
-    saved_at: int  # when model.npz was saved or, before that, the run began (nanoseconds)
+    saved_at: int  # when it last wrote or read model.npz, or began; later writes are another run's
 
 
 def describe(layers: tuple[Layer, ...]) -> str:
@@ -353,7 +353,7 @@ NETWORK += f"# loss: {LOSS.__name__}\n"
 
 
 def load_run(path: str | Path, header: str = NETWORK) -> Run:
-    """Load a saved run and its `model`. Its log must contain every line of `header`: InputError."""
+    """Load a run, with its `model`. Raises InputError unless its log has every line of `header`."""
     try:
         with np.load(path) as file:
             log = str(file["log"])
@@ -398,19 +398,20 @@ def save_epoch(run: Run, losses: list[float], line: str, output: Path) -> None:
     arrays |= {"velocity": run.velocity, "losses": all_losses, "log": log}
     temporary = output / f".part.{os.getpid()}.npz"
     np.savez(temporary, **arrays)
-    os.replace(temporary, path)  # At this instant, the epoch is saved, and an earlier run replaced.
+    os.replace(temporary, path)  # This saves the epoch, and replaces an earlier run.
     run.saved_at = path.stat().st_mtime_ns
     run.losses = all_losses
     run.log = log
     (output / "training_log.txt").write_text(log, encoding="utf-8")
     for name in PLOTS:
-        (output / name).unlink(missing_ok=True)  # It may be of an earlier run.
+        (output / name).unlink(missing_ok=True)  # It may show an earlier run.
 
 
 def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
     """Train for the remaining epochs; save, log and print each. Raises InputError."""
-    mean_image_loss = mean_loss(lambda x: run.model.mean_image, dataset.images)
-    limit = 1.01 * max(mean_image_loss, mean_loss(run.model.reconstruct, dataset.images))
+    mean_image_loss = mean_loss(lambda x: 0 * x + run.model.mean_image, dataset.images)
+    # Training has diverged if an epoch is worse than both the mean image and the initial network.
+    limit = 1.01 * np.fmax(mean_image_loss, mean_loss(run.model.reconstruct, dataset.images))
     done = len(run.losses)
     remaining = range(done + 1, settings.epochs + 1)
     for epoch in tqdm(remaining, initial=done, total=settings.epochs, disable=None):  # in terminals
@@ -418,7 +419,7 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         loss = train_epoch(run.model, run.velocity, dataset.images, epoch, settings)
         test_loss = mean_loss(run.model.reconstruct, dataset.test_images)
         seconds = time.perf_counter() - start
-        if not (loss <= limit and np.isfinite(test_loss)):  # NaN is not below the limit.
+        if not (loss <= limit and np.isfinite(test_loss)):
             rates = f"--lr {settings.lr:g} (default: {Settings.lr:g})"
             raise InputError(f"training diverged in epoch {epoch} with {rates}")
         line = f"Epoch {epoch}, Loss: {loss:.6f}, Test Loss: {test_loss:.6f}, Time: {seconds:.1f}s"
@@ -430,7 +431,7 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ plots
-COLORS = np.array(color_sequences["petroff10"])  # told apart by colour-blind readers, too
+COLORS = np.array(color_sequences["petroff10"])  # distinguishable for colour-blind readers
 LOSS_NAME = f"mean {LOSS.__name__.replace('_', ' ')}"  # per pixel
 
 
@@ -513,8 +514,8 @@ def plot_reconstructions(model: Autoencoder, dataset: Dataset, pca: PCA) -> Figu
 
 def finish(run: Run, dataset: Dataset, pca: PCA, pca_loss: float, output: Path) -> None:
     """Draw the plots into output/plots, and print the final test loss. Raises OSError."""
-    (output / "training_log.txt").write_text(run.log, encoding="utf-8")  # complete after a kill too
-    # Ignore the user's matplotlibrc, and take a dollar sign in a directory's name as it is.
+    (output / "training_log.txt").write_text(run.log, encoding="utf-8")  # A kill may have cut it.
+    # Ignore the user's matplotlibrc, and print a dollar sign in a directory's name literally.
     with style.context(["default", {"text.parse_math": False}]):
         plot_losses(run.losses, pca_loss, dataset.name).savefig(output / PLOTS[0])
         plot_latent_space(run.model, dataset).savefig(output / PLOTS[1])
@@ -549,7 +550,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns 0, or 1 after a failure, 2 for invalid input, 130 after Ctrl-C."""
     args = parse_arguments(argv)
     output = args.output_dir.expanduser()
-    socket.setdefaulttimeout(30)  # gives up a download after 30 silent seconds
+    socket.setdefaulttimeout(30)  # A download is given up after 30 seconds without data.
     run = None
     try:
         dataset = load_data(args.dataset, args.data_dir)
