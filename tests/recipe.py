@@ -157,7 +157,8 @@ def code_sizes(dataset, arguments):
     x = script.to_pixels(dataset.test_images)
     rows = [("original", x, "")]
     for size, parameters in zip(sizes, networks, strict=True):
-        module = edited_script(code_of(size))
+        # With only two numbers, most codes lie in the middle of a star: show that.
+        module = edited_script([*code_of(size), ("[1, 99]", "[10, 90]")])
         model = module.Autoencoder(dataset.images.mean(axis=0) / 255)
         model.parameters = parameters
         if size == 2:
