@@ -66,7 +66,7 @@ def clamp(z):
     return np.clip(z, 0, 1), (z > 0) & (z < 1)
 
 
-# A loss function returns the mean loss of n images and its derivative with respect to the outputs.
+# A loss function sums over pixels and averages over images; it returns the loss and its derivative.
 def squared_error(outputs, images):
     """(output - image)^2, summed over the pixels and averaged over the images."""
     error = outputs - images
@@ -191,7 +191,7 @@ class Autoencoder:
             x = to_pixels(x)
         if x[:1].size != self.image_size or not (x.min() >= 0 and x.max() <= 1):  # not: for NaN
             needed = f"n x {self.image_size} pixels in [0, 1], or uint8 from 0 to 255"
-            raise ValueError(f"images must be {needed}; their shape is {x.shape}")
+            raise ValueError(f"images must be {needed}, not {x.shape} up to {x.max():g}")
         x = x.reshape(len(x), self.image_size).astype(self.mean_image.dtype)
         return self.last_activation(x - self.mean_image, 0, self.code_index)
 
@@ -296,15 +296,17 @@ def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset
     load = getattr(datasets, name)
     folder = root / name / "raw"  # where torchvision looks for these files
     files = [archive.removesuffix(".gz") for archive, _ in load.resources]
-    download = root == DATA_DIR and not all((folder / file).exists() for file in files)
+    missing = [file for file in files if not (folder / file).exists()]
+    if missing and root != DATA_DIR:
+        raise InputError(f"{name} is not in {folder}, as these files are missing: {missing}")
     try:
-        if download:
+        if missing:
             print(f"downloading {name} to {folder}", file=sys.stderr)
-        training = load(root, train=True, download=download)
-        test = load(root, train=False, download=download)
+        training = load(root, train=True, download=bool(missing))
+        test = load(root, train=False, download=bool(missing))
     except Exception as error:  # torchvision raises many types of exception.
         problem = f"no usable {name} in {folder} ({error!r})"
-        if download and name == "MNIST":
+        if missing and name == "MNIST":
             print(f"warning: {problem}; using a sample of 5,000 images", file=sys.stderr)
             return load_data("sample")
         raise InputError(f"{problem}: it must hold {files}") from error
@@ -312,8 +314,8 @@ def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset
     arrays = [np.from_dlpack(tensor) for tensor in (training.data, test.data, test.targets)]
     images, test_images, test_labels = arrays
     size = ENCODER[0].inputs
-    if {images[0].size, test_images[0].size} != {size} or images.max() < 2:  # already scaled
-        raise InputError(f"{folder} must hold images of {size} pixels (see ENCODER), from 0 to 255")
+    if {images[0].size, test_images[0].size} != {size} or min(images.max(), test_images.max()) < 2:
+        raise InputError(f"{folder}: {images.shape} up to {images.max()}, not {size} pixels to 255")
     checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
     name = "MNIST" if checksum == MNIST_CHECKSUM else f"{root.resolve().name}/{name}"
     facts = f"{len(images)} training and {len(test_images)} test images, sha256 {checksum}"
@@ -365,8 +367,7 @@ def load_run(path: str | Path, header: str = NETWORK) -> Run:
             velocity = file["velocity"].reshape(model.parameters.shape)
             return Run(model, velocity, file["losses"].tolist(), log, os.stat(path).st_mtime_ns)
     except Exception as error:  # NumPy and zipfile raise many types of exception.
-        needed = "a run of this network, loss, data and settings"
-        raise InputError(f"{path} does not hold {needed}: {error!r}") from error
+        raise InputError(f"{path} cannot be used: {error!r}") from error
 
 
 def start_run(resume: bool, dataset, settings, pca: PCA, pca_loss: float, output: Path) -> Run:
@@ -421,13 +422,13 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         seconds = time.perf_counter() - start
         if not (loss <= limit and np.isfinite(test_loss)):
             rates = f"--lr {settings.lr:g} (default: {Settings.lr:g})"
-            raise InputError(f"training diverged in epoch {epoch} with {rates}")
+            raise InputError(f"training diverged in epoch {epoch} (loss {loss:g}) with {rates}")
         line = f"Epoch {epoch}, Loss: {loss:.6f}, Test Loss: {test_loss:.6f}, Time: {seconds:.1f}s"
         save_epoch(run, [loss, test_loss], line, output)
         with tqdm.external_write_mode():  # above the progress bar
             print(line, flush=True)
     if run.losses[-1][0] > 0.9 * mean_image_loss:
-        print("warning: the network is hardly better than the mean image", file=sys.stderr)
+        print("warning: the network is not clearly better than the mean image", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------ plots
@@ -472,7 +473,7 @@ def plot_latent_space(model: Autoencoder, dataset: Dataset) -> Figure:
     edges = (middle[0] - reach, middle[0] + reach, middle[1] - reach, middle[1] + reach)
     figure = Figure(figsize=(12, 6.4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    left.set_title(f"Codes of the test images of {dataset.name}")
+    left.set_title(f"Codes of test images of {dataset.name}")
     right.set_title("Images decoded from the points of this plane")
     shares = [f"{share:.0%} of the variance" for share in (*pca.explained_variance_ratio_, 0)]
     figure.supxlabel(f"first principal component ({shares[0]})", size="medium")
@@ -528,9 +529,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Exits with status 2 if it is invalid."""
     parser = argparse.ArgumentParser(description="Train an autoencoder.", allow_abbrev=False)
     add = parser.add_argument
-    text = "default: MNIST, or the sample (5,000 of its images) if the download fails"
     names = ("MNIST", "FashionMNIST", "KMNIST", "sample")
-    add("--dataset", choices=names, default="MNIST", help=text)
+    add("--dataset", choices=names, default="MNIST", help="default: MNIST; sample: 5,000 digits")
     text = "where data sets are, in torchvision's layout (default: data; downloads go there only)"
     add("--data-dir", type=Path, default=DATA_DIR, help=text)
     add("--output-dir", type=Path, default=Path(), help="where to write to (default: here)")

@@ -11,16 +11,17 @@ from conftest import script
 
 from mnist_autoencoder import Autoencoder, Layer, Settings
 
-SMALL_ENCODER = (
-    Layer(7, 6, script.elu),
-    Layer(6, 5, script.elu),
-    Layer(5, 3, script.linear),
-)
-SMALL_DECODER = (
-    Layer(3, 5, script.elu),
-    Layer(5, 6, script.elu),
-    Layer(6, 7, script.clamp),
-)
+
+def scaled_down(layers, sizes):
+    """The layers with their own activations and these sizes."""
+    small = []
+    for layer, inputs, outputs in zip(layers, sizes, sizes[1:], strict=False):
+        small.append(Layer(inputs, outputs, layer.activation))
+    return tuple(small)
+
+
+SMALL_ENCODER = scaled_down(script.ENCODER, [7, 6, 5, 3])
+SMALL_DECODER = scaled_down(script.DECODER, [3, 5, 6, 7])
 
 
 def shaken(model):
@@ -44,7 +45,7 @@ def pixels(n, seed=1, size=784):
 
 def loss_and_gradient(model, x):
     activations, derivatives = model.forward(x - model.mean_image)
-    loss, da = script.squared_error(activations[-1], x)
+    loss, da = script.LOSS(activations[-1], x)
     return loss, model.backward(activations, derivatives, da)
 
 

@@ -162,7 +162,7 @@ def test_divergence_keeps_the_last_good_epoch(small, whole, monkeypatch):
 def test_a_network_that_is_hardly_better_than_the_mean_image_is_warned_of(small, no_plots):
     result = call(*small, "--lr", 1e-9)
     assert (result.status, result.err.count("\n")) == (0, 1)
-    assert "warning: the network is hardly better than the mean image" in result.err
+    assert "warning: the network is not clearly better than the mean image" in result.err
 
 
 CTRL_C = KeyboardInterrupt()

@@ -164,7 +164,7 @@ def test_another_loss_is_one_edit():
 
 def test_other_sizes_of_images_need_other_layers_only():
     write_data("$_$", shape=(20, 30))  # LaTeX's maths would be an error.
-    assert_error(call("--data-dir", "$_$"), "784 pixels")
+    assert_error(call("--data-dir", "$_$"), "784 pixels to 255")
     module = recipe.edited_script(
         [("Layer(784,", "Layer(600,"), ("Layer(512, 784", "Layer(512, 600")]
     )
