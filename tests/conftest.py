@@ -11,11 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from recipe import script
-
-# Otherwise, the threads of PyTorch, which wait actively, would slow those of NumPy down.
-torch.set_num_threads(1)
 
 EPOCH = re.compile(r"Epoch (\d+), Loss: (\d\.\d{6}), Test Loss: (\d\.\d{6}), Time: \d+\.\ds")
 
