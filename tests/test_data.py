@@ -105,6 +105,7 @@ def serve(monkeypatch):
     monkeypatch.setattr(datasets.FashionMNIST, "resources", resources)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     servers = []
+    served = []
 
     def serve(fault=None):
         if fault == "checksum":
@@ -115,12 +116,15 @@ def serve(monkeypatch):
             server.server_close()
         elif fault != "silent":  # Then it accepts connections and never answers.
             threading.Thread(target=server.serve_forever, daemon=True).start()
+            served.append(server)
         url = f"http://127.0.0.1:{server.server_port}/"
         monkeypatch.setattr(datasets.MNIST, "mirrors", [url])
         monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [url])
 
     yield serve
     socket.setdefaulttimeout(None)
+    for server in served:
+        server.shutdown()  # A thread that served a closed socket would never come to rest.
     for server in servers:
         server.server_close()
 
