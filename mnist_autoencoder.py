@@ -66,11 +66,11 @@ def clamp(z):
     return np.clip(z, 0, 1), (z > 0) & (z < 1)
 
 
-# A loss function sums over pixels and averages over images; it returns the loss and its derivative.
+# A loss function returns, for each pixel, its value and its derivative with respect to the output.
 def squared_error(outputs, images):
-    """(output - image)^2, summed over the pixels and averaged over the images."""
+    """(output - image)^2; the derivative is 2 (output - image)."""
     error = outputs - images
-    return np.sum(np.square(error)) / len(error), 2 / len(error) * error
+    return np.square(error), 2 * error
 
 
 Layer = namedtuple("Layer", ["inputs", "outputs", "activation"])
@@ -154,9 +154,10 @@ class Autoencoder:
     def backward(self, activations: list, derivatives: list, da: np.ndarray) -> np.ndarray:
         """The gradient of the loss with respect to `parameters`, as a vector of the same layout.
 
-        `activations` and `derivatives` are the results of forward. Let da_k be dloss/da_k, dz_k be
-        dloss/dz_k and * the elementwise product. LOSS gives `da`, which is da_6; for the
-        squared error, it is 2 (a_6 - x) / n. The chain rule gives the others, for k = 5 ... 0:
+        `activations` and `derivatives` are the results of forward. The loss sums LOSS over pixels
+        and averages it over images, so `da`, which is da_6, is 2 (a_6 - x) / n for the squared
+        error. With da_k for dloss/da_k, dz_k for dloss/dz_k and * for the elementwise product, the
+        chain rule gives for k = 5 ... 0:
 
             dz_(k+1)   = da_(k+1) * f_k'(z_(k+1))
             dloss/dW_k = a_k^T dz_(k+1)
@@ -210,9 +211,9 @@ def mean_loss(reconstruct, images: np.ndarray) -> float:
     loss_sum = 0.0
     for start in range(0, len(images), 1000):  # to save memory
         x = to_pixels(images[start : start + 1000])
-        loss, _ = LOSS(reconstruct(x), x)
-        loss_sum += float(loss) * len(x)
-    return loss_sum / images.size
+        losses, _ = LOSS(reconstruct(x), x)
+        loss_sum += float(np.mean(losses)) * len(x)
+    return loss_sum / len(images)
 
 
 def learning_rate_at(step: int, total_steps: int, settings: Settings) -> float:
@@ -228,7 +229,7 @@ def learning_rate_at(step: int, total_steps: int, settings: Settings) -> float:
 
 
 def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Settings) -> None:
-    """Take one step of SGD with Nesterov momentum, which changes parameters and velocity.
+    """Take one step of SGD with Nesterov momentum, which changes all three vectors in place.
 
         g          <- gradient, scaled down to max_gradient_norm if its norm is larger
         g          <- g + decay * parameters
@@ -240,14 +241,14 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
     is that point: an update moves it by the gradient, and then looks ahead by the new velocity.
     Without clipping, this is torch.optim.SGD with nesterov=True.
     """
-    scale = 1.0
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:
-        scale = settings.max_gradient_norm / norm
+        gradient *= settings.max_gradient_norm / norm
     for start in range(0, len(parameters), 65_536):  # Parts of this size fit in the cache.
         part = slice(start, start + 65_536)
-        g = scale * gradient[part] + decay * parameters[part]
-        velocity[part] = settings.momentum * (velocity[part] + g)
+        g = gradient[part] + decay * parameters[part]
+        velocity[part] += g
+        velocity[part] *= settings.momentum
         parameters[part] -= learning_rate * (g + velocity[part])
 
 
@@ -264,12 +265,12 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
         batch_indices = order[batch_start : batch_start + settings.batch_size]
         x = to_pixels(images[batch_indices])
         activations, derivatives = model.forward(x - model.mean_image)
-        loss, da = LOSS(activations[-1], x)
-        loss_sum += float(loss) * len(x)
-        gradient = model.backward(activations, derivatives, da)
+        losses, loss_derivatives = LOSS(activations[-1], x)
+        loss_sum += float(np.mean(losses)) * len(x)
+        gradient = model.backward(activations, derivatives, loss_derivatives / len(x))
         learning_rate = learning_rate_at(step, total_steps, settings)
         sgd_step(model.parameters, velocity, gradient, learning_rate, decay, settings)
-    return loss_sum / images.size
+    return loss_sum / len(images)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -278,7 +279,7 @@ class InputError(Exception):
 
 
 # Images are uint8 arrays (n, 784), test_labels integers (n,), and image_shape is (28, 28).
-Dataset = namedtuple("Dataset", "name description images test_images test_labels image_shape")
+Dataset = namedtuple("Dataset", "name checksum images test_images test_labels image_shape")
 SAMPLE_DIR = Path(__file__).resolve().parent / "data" / "sample"
 DATA_DIR = Path("data")
 MNIST_CHECKSUM = "48131c26b7c563dd"  # Only these files are called MNIST in log and plots.
@@ -318,9 +319,8 @@ def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset
         raise InputError(f"{folder}: {images.shape} up to {images.max()}, not {size} pixels to 255")
     checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
     name = "MNIST" if checksum == MNIST_CHECKSUM else f"{root.resolve().name}/{name}"
-    facts = f"{len(images)} training and {len(test_images)} test images, sha256 {checksum}"
     rows = [array.reshape(-1, size) for array in (images, test_images)]
-    return Dataset(name, facts, *rows, test_labels, images[0].shape)
+    return Dataset(name, checksum, *rows, test_labels, images[0].shape)
 
 
 # -------------------------------------------------------------------------------------------- run
@@ -350,8 +350,7 @@ def describe(layers: tuple[Layer, ...]) -> str:
     return ", ".join(f"{x.inputs}-{x.outputs} {x.activation.__name__}" for x in layers)
 
 
-NETWORK = f"# encoder: {describe(ENCODER)}\n# decoder: {describe(DECODER)}\n"
-NETWORK += f"# loss: {LOSS.__name__}\n"
+NETWORK = f"# encoder: {describe(ENCODER)}\n# decoder: {describe(DECODER)}\n# loss: {LOSS.__name__}"
 
 
 def load_run(path: str | Path, header: str = NETWORK) -> Run:
@@ -372,13 +371,14 @@ def load_run(path: str | Path, header: str = NETWORK) -> Run:
 
 def start_run(resume: bool, dataset, settings, pca: PCA, pca_loss: float, output: Path) -> Run:
     """A new run, or the saved one in `output`; creates that directory. Raises InputError."""
-    facts = {"data": dataset.description, **asdict(settings)}
-    header = NETWORK + "".join(f"# {name}: {value}\n" for name, value in facts.items())
+    data = f"{len(dataset.images)} training and {len(dataset.test_images)} test images"
+    facts = {"data": f"{data}, sha256 {dataset.checksum}", **asdict(settings)}
+    header = NETWORK + "".join(f"\n# {name}: {value}" for name, value in facts.items())
     if resume:
         run = load_run(output / "model.npz", header)
     else:
         model = Autoencoder(dataset.images.mean(axis=0) / 255, settings.seed)
-        log = f"{header}# Test Loss of PCA with {pca.n_components_} components: {pca_loss:.6f}\n"
+        log = f"{header}\n# Test Loss of PCA with {pca.n_components_} components: {pca_loss:.6f}\n"
         run = Run(model, np.zeros_like(model.parameters), [], log, time.time_ns())
         if (output / "model.npz").exists() or (output / "training_log.txt").exists():
             print(f"note: the first epoch replaces the run in {output.resolve()}", file=sys.stderr)
@@ -507,7 +507,7 @@ def plot_reconstructions(model: Autoencoder, dataset: Dataset, pca: PCA) -> Figu
         else:
             axes.imshow(strip, "gray", vmin=0, vmax=1)
         if name in ("autoencoder", "PCA"):
-            losses = [LOSS(images[[i]], x[[i]])[0] / x[i].size for i in range(len(x))]
+            losses = [np.mean(LOSS(images[[i]], x[[i]])[0]) for i in range(len(x))]
             centres = (np.arange(len(x)) + 0.5) * dataset.image_shape[1]
             axes.set_xticks(centres, [f"{loss:.4f}" for loss in losses])
     return figure

@@ -56,7 +56,7 @@ def sigmoid(z):
 
 def absolute_error(outputs, images):
     error = outputs - images
-    return np.sum(np.abs(error)) / len(error), np.sign(error) / len(error)
+    return np.abs(error), np.sign(error)
 
 
 def define(function):
@@ -90,7 +90,7 @@ VARIANTS = {  # name: [(old text, new text), ...]
     "constant learning rate": [(" * min(1, remaining / settings.decay_fraction)", "")],
     "momentum 0.9": [setting("momentum", 0.9)],
     "classical instead of Nesterov momentum": [
-        ("settings.momentum * (velocity[part] + g)", "settings.momentum * velocity[part] + g"),
+        ("velocity[part] += g", "velocity[part] += g / settings.momentum"),  # v = momentum v + g
         ("(g + velocity[part])", "velocity[part]"),
     ],
     "no gradient clipping": [setting("max_gradient_norm", 'float("inf")')],

@@ -38,12 +38,12 @@ def test_images_and_test_labels_are_those_of_the_files(monkeypatch, name):
 
 def test_data_are_identified_by_their_content_and_not_by_their_directory():
     folder = write_data("mine")
-    description = script.load_data("MNIST", "mine").description
+    checksum = script.load_data("MNIST", "mine").checksum
     shutil.copytree("mine", "renamed")
-    assert script.load_data("MNIST", "renamed").description == description
+    assert script.load_data("MNIST", "renamed").checksum == checksum
     content = (folder / NAMES[2]).read_bytes()
     (folder / NAMES[2]).write_bytes(content[:-1] + b"\1")
-    assert script.load_data("MNIST", "mine").description != description
+    assert script.load_data("MNIST", "mine").checksum != checksum
 
 
 def test_nothing_is_downloaded_or_written_to_a_data_dir():

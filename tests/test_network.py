@@ -45,8 +45,9 @@ def pixels(n, seed=1, size=784):
 
 def loss_and_gradient(model, x):
     activations, derivatives = model.forward(x - model.mean_image)
-    loss, da = script.LOSS(activations[-1], x)
-    return loss, model.backward(activations, derivatives, da)
+    losses, loss_derivatives = script.LOSS(activations[-1], x)
+    gradient = model.backward(activations, derivatives, loss_derivatives / len(x))
+    return np.sum(losses) / len(x), gradient
 
 
 def torch_backward(twin, model, images):

@@ -157,7 +157,7 @@ def test_another_loss_is_one_edit():
     images = np.random.default_rng(1).integers(256, size=(5, 784), dtype=np.uint8)
     mean_loss = module.mean_loss(lambda x: outputs, images)
     assert mean_loss == pytest.approx(np.mean(abs(outputs - images / 255)), rel=1e-5)
-    assert "# loss: absolute_error\n" in module.NETWORK
+    assert module.NETWORK.endswith("\n# loss: absolute_error")
     (axes,) = module.plot_losses([[1, 2]], 3, "the data").axes
     assert axes.get_ylabel() == "mean absolute error"
 
@@ -222,7 +222,7 @@ RECORD = recorded_log()
 @pytest.mark.skipif(not RECORD, reason="needs the git history of this directory")
 def test_the_recorded_run_is_of_the_script_on_all_of_mnist():
     assert RECORD.startswith(
-        script.NETWORK + "# data: 60000 training and 10000 test images, sha256 "
+        script.NETWORK + "\n# data: 60000 training and 10000 test images, sha256 "
     )
     assert f"sha256 {script.MNIST_CHECKSUM}\n" in RECORD
     for name, value in asdict(script.Settings()).items():
