@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import struct
 import subprocess
@@ -12,6 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from recipe import script
+from threadpoolctl import threadpool_limits
+
+# One thread, because on a busy machine threads of BLAS can wait for each other most of the time.
+threadpool_limits(1)
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # for processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
 
 EPOCH = re.compile(r"Epoch (\d+), Loss: (\d\.\d{6}), Test Loss: (\d\.\d{6}), Time: \d+\.\ds")
 

@@ -141,7 +141,7 @@ def test_divergence_is_an_error_that_names_the_rate_and_the_default(no_plots, fl
         "--momentum 0.99",
         "--lr 0.12",
         "--batch-size 32",
-        "--batch-size 2 --epochs 1",
+        "--batch-size 8 --epochs 1",
         "--batch-size 100000 --epochs 15",
         "--max-gradient-norm 0.5",
         "--weight-decay 0",
