@@ -66,8 +66,8 @@ def clamp(z):
     return np.clip(z, 0, 1), (z > 0) & (z < 1)
 
 
-# A loss function returns, for each pixel, its value and its derivative with respect to the output.
-# Gradients are those of its sum over pixels, averaged over images; log and plots show its mean.
+# A loss function returns, for each pixel, its value and its derivative with respect to the output,
+# both (n, 784). Training minimises its sum over pixels; log and plots show its mean over pixels.
 def squared_error(outputs, images):
     """(output - image)^2; the derivative is 2 (output - image)."""
     error = outputs - images
@@ -191,8 +191,8 @@ class Autoencoder:
                 raise ValueError("images of uint8 must be 0 to 255, not only 0 and 1")
             x = to_pixels(x)
         if x[:1].size != self.image_size or not (x.min() >= 0 and x.max() <= 1):  # not: for NaN
-            needed = f"n x {self.image_size} pixels in [0, 1], or uint8 from 0 to 255"
-            raise ValueError(f"images must be {needed}, not {x.shape} up to {x.max():g}")
+            found = f"{x.shape} from {x.min():g} to {x.max():g}"
+            raise ValueError(f"images must be n x {self.image_size} pixels in [0, 1], not {found}")
         x = x.reshape(len(x), self.image_size).astype(self.mean_image.dtype)
         return self.last_activation(x - self.mean_image, 0, self.code_index)
 
@@ -212,7 +212,7 @@ def mean_loss(reconstruct, images: np.ndarray) -> float:
     for start in range(0, len(images), 1000):  # to save memory
         x = to_pixels(images[start : start + 1000])
         losses, _ = LOSS(reconstruct(x), x)
-        loss_sum += float(np.mean(losses)) * len(x)
+        loss_sum += float(np.sum(np.mean(losses, axis=1)))
     return loss_sum / len(images)
 
 
@@ -266,7 +266,7 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
         x = to_pixels(images[batch_indices])
         activations, derivatives = model.forward(x - model.mean_image)
         losses, loss_derivatives = LOSS(activations[-1], x)
-        loss_sum += float(np.mean(losses)) * len(x)
+        loss_sum += float(np.sum(np.mean(losses, axis=1)))
         gradient = model.backward(activations, derivatives, loss_derivatives / len(x))
         learning_rate = learning_rate_at(step, total_steps, settings)
         sgd_step(model.parameters, velocity, gradient, learning_rate, decay, settings)
@@ -310,14 +310,14 @@ def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset
         if missing and name == "MNIST":
             print(f"warning: {problem}; using a sample of 5,000 images", file=sys.stderr)
             return load_data("sample")
-        raise InputError(f"{problem}: it must hold {files}") from error
+        raise InputError(f"{problem}: it needs undamaged {files}") from error
     # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
     arrays = [np.from_dlpack(tensor) for tensor in (training.data, test.data, test.targets)]
     images, test_images, test_labels = arrays
     size = ENCODER[0].inputs
     if {images[0].size, test_images[0].size} != {size} or min(images.max(), test_images.max()) < 2:
         raise InputError(f"{folder}: {images.shape} up to {images.max()}, not {size} pixels to 255")
-    checksum = hashlib.sha256(b"".join(arrays)).hexdigest()[:16]
+    checksum = hashlib.sha256(b"".join((images, test_images, test_labels))).hexdigest()[:16]
     name = "MNIST" if checksum == MNIST_CHECKSUM else f"{root.resolve().name}/{name}"
     rows = [array.reshape(-1, size) for array in (images, test_images)]
     return Dataset(name, checksum, *rows, test_labels, images[0].shape)
@@ -507,7 +507,7 @@ def plot_reconstructions(model: Autoencoder, dataset: Dataset, pca: PCA) -> Figu
         else:
             axes.imshow(strip, "gray", vmin=0, vmax=1)
         if name in ("autoencoder", "PCA"):
-            losses = [np.mean(LOSS(images[[i]], x[[i]])[0]) for i in range(len(x))]
+            losses = np.mean(LOSS(images, x)[0], axis=1)
             centres = (np.arange(len(x)) + 0.5) * dataset.image_shape[1]
             axes.set_xticks(centres, [f"{loss:.4f}" for loss in losses])
     return figure

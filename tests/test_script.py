@@ -162,6 +162,14 @@ def test_another_loss_is_one_edit():
     assert axes.get_ylabel() == "mean absolute error"
 
 
+def test_a_loss_that_is_not_per_pixel_is_an_error():
+    for old, new in (("np.abs(error)", "np.mean(np.abs(error))"), ("(error)", "(error).sum(1)")):
+        edits = [(a, b.replace(old, new, 1)) for a, b in EDITS["another loss"][1]]
+        module = recipe.edited_script(edits)
+        with pytest.raises(np.exceptions.AxisError):
+            module.mean_loss(lambda x: x, np.zeros((5, 784), np.uint8))
+
+
 def test_other_sizes_of_images_need_other_layers_only():
     write_data("$_$", shape=(20, 30))  # LaTeX's maths would be an error.
     assert_error(call("--data-dir", "$_$"), "784 pixels to 255")
