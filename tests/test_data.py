@@ -41,9 +41,11 @@ def test_data_are_identified_by_their_content_and_not_by_their_directory():
     checksum = script.load_data("MNIST", "mine").checksum
     shutil.copytree("mine", "renamed")
     assert script.load_data("MNIST", "renamed").checksum == checksum
-    content = (folder / NAMES[2]).read_bytes()
-    (folder / NAMES[2]).write_bytes(content[:-1] + b"\1")
-    assert script.load_data("MNIST", "mine").checksum != checksum
+    for name in (NAMES[0], NAMES[2], NAMES[3]):  # Training labels are not used.
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + b"\7")
+        assert script.load_data("MNIST", "mine").checksum != checksum
+        (folder / name).write_bytes(content)
 
 
 def test_nothing_is_downloaded_or_written_to_a_data_dir():

@@ -177,12 +177,13 @@ def test_learning_rate_is_proportional_to_small_batches_and_to_the_root_of_large
         assert script.learning_rate_at(0, 10, settings) == pytest.approx(3 * factor)
 
 
-def test_every_step_gets_its_images_its_learning_rate_and_its_weight_decay(monkeypatch):
+def test_every_step_gets_its_images_gradient_learning_rate_and_weight_decay(monkeypatch):
     images = np.random.default_rng(0).integers(256, size=(50, 784), dtype=np.uint8)
     settings = Settings(epochs=3, batch_size=16)
-    model = Autoencoder(np.zeros(784))
+    model = Autoencoder(np.full(784, 0.5))
     forward = model.forward
     batches = []
+    gradients = []
     steps = []
 
     def forward_and_record(x):
@@ -190,17 +191,22 @@ def test_every_step_gets_its_images_its_learning_rate_and_its_weight_decay(monke
         return forward(x)
 
     def record(parameters, velocity, gradient, learning_rate, decay, settings):
+        gradients.append(gradient)
         steps.append((learning_rate, decay))
 
     monkeypatch.setattr(model, "forward", forward_and_record)
     monkeypatch.setattr(script, "sgd_step", record)
     loss = script.train_epoch(model, None, images, 2, settings)
     assert [len(batch) for batch in batches] == [16, 16, 16, 2]
+    for batch, gradient in zip(batches, gradients, strict=True):
+        _, expected = loss_and_gradient(Autoencoder(model.mean_image), batch + model.mean_image)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
     shuffled = np.concatenate(batches)
-    assert sorted(map(bytes, shuffled)) == sorted(map(bytes, script.to_pixels(images)))
+    inputs = script.to_pixels(images) - model.mean_image
+    assert sorted(map(bytes, shuffled)) == sorted(map(bytes, inputs))
     rates = [script.learning_rate_at(step, 12, settings) for step in range(4, 8)]
     assert steps == [(rate, settings.weight_decay / 50) for rate in rates]
-    assert loss == pytest.approx(np.mean((images / 255) ** 2), rel=1e-5)
+    assert loss == pytest.approx(np.mean((images / 255 - 0.5) ** 2), rel=1e-5)
     orders = {shuffled.tobytes()}
     for seed, epoch in ((0, 3), (1, 2)):
         batches.clear()
