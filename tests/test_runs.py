@@ -142,7 +142,7 @@ def test_divergence_is_an_error_that_names_the_rate_and_the_default(no_plots, fl
         "--lr 0.12",
         "--batch-size 32",
         "--batch-size 8 --epochs 1",
-        "--batch-size 100000 --epochs 15",
+        "--batch-size 100000 --epochs 8",
         "--max-gradient-norm 0.5",
         "--weight-decay 0",
     ],
@@ -187,9 +187,9 @@ INSTANTS = [  # the error, the call that it ends (4 steps an epoch), and the epo
 def test_whatever_ends_a_run_is_said_and_the_run_can_be_resumed(
     small, whole, monkeypatch, error, name, number, done
 ):
+    if done < 4:  # Plots would only take time.
+        monkeypatch.setattr(script, "finish", lambda *_: None)
     with monkeypatch.context() as patch:
-        if done < 4:  # Plots would only take time.
-            patch.setattr(script, "finish", lambda *_: None)
         patch.setattr(name, raising_at(number, error, pkgutil.resolve_name(name)))
         result = call(*small)
     assert result.status == (130 if error is CTRL_C else 1)
@@ -199,7 +199,8 @@ def test_whatever_ends_a_run_is_said_and_the_run_can_be_resumed(
     assert result.err.endswith(f" --resume continues after epoch {done}\n") == (done > 0)
     assert call(*small, *(["--resume"] if done else [])).status == 0
     assert state() == state(whole)
-    assert snapshot("plots") == snapshot(whole / "plots")
+    if done == 4:
+        assert snapshot("plots") == snapshot(whole / "plots")
 
 
 def test_a_new_run_leaves_an_earlier_one_alone_until_its_first_epoch_is_saved(
