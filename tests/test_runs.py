@@ -148,7 +148,7 @@ def test_divergence_is_an_error_that_names_the_rate_and_the_default(no_plots, fl
     ],
 )
 def test_flags_far_from_their_defaults_learn(flags, no_plots):
-    result = call("--dataset", "sample", "--epochs", 3, *flags.split())
+    result = call("--dataset", "sample", "--epochs", 2, *flags.split())
     assert (result.status, result.err) == (0, "")
     assert losses()[-1][1] < 0.03
 
@@ -330,7 +330,8 @@ def test_killed_at_random_instants_and_resumed_ends_like_an_unbroken_run():
         kill_after(start(*flags, *resume), f"Epoch {wanted},", rng)
         done = len(losses("out"))
         assert done >= wanted
-        assert len(EPOCH.findall(read_log("out"))) in (done - 1, done)
+        saved_log = script.load_run("out/model.npz").log
+        assert saved_log.startswith(read_log("out"))  # It may be cut; the next run mends it.
     assert call(*flags, "--resume").status == 0
     assert state("out") == state("whole")
     assert snapshot("out/plots") == snapshot("whole/plots")
