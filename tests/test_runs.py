@@ -251,7 +251,7 @@ def test_another_run_is_not_resumed_and_the_difference_is_named(small, whole, fl
     assert snapshot() == before
 
 
-def test_a_run_of_a_renamed_directory_of_data_is_resumed(small, whole):
+def test_a_run_of_a_renamed_directory_of_data_is_resumed(small, whole, no_plots):
     shutil.copytree(whole, ".", dirs_exist_ok=True)
     shutil.copytree(small[1], "renamed")
     assert call("--data-dir", "renamed", *small[2:], "--resume").status == 0
@@ -338,7 +338,7 @@ def test_killed_at_random_instants_and_resumed_ends_like_an_unbroken_run():
     assert read_log("out") == script.load_run("out/model.npz").log
 
 
-def test_a_kill_in_the_first_epoch_of_a_new_run_leaves_the_earlier_one_or_can_be_resumed(whole):
+def test_a_kill_in_the_first_epoch_leaves_the_earlier_run_or_can_be_resumed(whole, no_plots):
     rng = random.Random(KILLS)
     write_data("data", train=300)
     flags = ["--data-dir", "data", "--epochs", 2, "--batch-size", 64, "--output-dir", "out"]

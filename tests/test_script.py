@@ -133,21 +133,22 @@ EDITS = {  # the size of the code, and the edits
 
 
 @pytest.mark.parametrize(("size", "edits"), EDITS.values(), ids=EDITS)
-def test_everything_follows_from_the_tables(monkeypatch, sample, size, edits):
+def test_everything_follows_from_the_tables(monkeypatch, size, edits):
+    write_data("mine", train=400)
+    flags = ("--data-dir", "mine", "--epochs", 2, "--batch-size", 16)
     module = recipe.edited_script(edits)
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
-    assert call("--dataset", "sample", "--epochs", 2, main=module.main).status == 0
+    assert call(*flags, main=module.main).status == 0
     run = module.load_run("model.npz")
     assert run.losses[-1][0] < run.losses[0][0]  # It learns.
-    codes = run.model.encode(sample.test_images)
-    assert codes.shape == (1000, size)
-    assert run.model.decode(codes).shape == (1000, 784)
+    codes = run.model.encode(np.zeros((9, 784)))
+    assert codes.shape == (9, size)
+    assert run.model.decode(codes).shape == (9, 784)
     assert f"PCA with {size} components" in read_log()
     assert f"codes of {size} numbers" in figures[2].get_suptitle()
     # Neither script continues the other's run.
-    flags = ("--dataset", "sample", "--epochs", 2, "--resume")
-    assert_error(call(*flags), "its log does not say")
+    assert_error(call(*flags, "--resume"), "its log does not say")
 
 
 def test_another_loss_is_one_edit():
@@ -188,7 +189,7 @@ def test_flags_in_the_readme_are_the_scripts():
         script.parse_arguments(text.split())
 
 
-def test_python_of_the_readme_runs_and_prints_what_it_shows(monkeypatch, sample, capsys):
+def test_python_of_the_readme_prints_what_it_shows(monkeypatch, sample, capsys, no_plots):
     assert call("--dataset", "sample", "--epochs", 1, "--output-dir", "trial").status == 0
     monkeypatch.setattr(script, "load_data", lambda: sample)
     (python,) = re.findall(r"```python\n(import numpy.*?)```", README, re.DOTALL)
@@ -250,11 +251,11 @@ def test_the_recorded_run_is_quoted_faithfully():
     assert set(quoted) <= set(RECORD.splitlines())
 
 
-def test_all_of_mnist():
+def test_one_epoch_on_all_of_mnist(no_plots):
     files = MNIST_DIR / "MNIST" / "raw"
     if not (files / "train-images-idx3-ubyte").is_file():
         pytest.skip("needs all of MNIST in data, or in the directory that MNIST_DIR names")
-    result = call("--data-dir", MNIST_DIR, "--epochs", 2)
+    result = call("--data-dir", MNIST_DIR, "--epochs", 1)
     assert result.status == 0
     assert "# From epoch 1: MNIST, " in result.out
-    assert script.load_run("model.npz").losses[-1][1] < 0.002
+    assert script.load_run("model.npz").losses[-1][1] < 0.003
