@@ -330,8 +330,10 @@ def test_killed_at_random_instants_and_resumed_ends_like_an_unbroken_run():
         kill_after(start(*flags, *resume), f"Epoch {wanted},", rng)
         done = len(losses("out"))
         assert done >= wanted
-        saved_log = script.load_run("out/model.npz").log
-        assert saved_log.startswith(read_log("out"))  # It may be cut; the next run mends it.
+        log = read_log("out")
+        assert script.load_run("out/model.npz").log.startswith(log)
+        # A kill between opening and writing the file leaves it empty; the next run mends it.
+        assert log == "" or len(EPOCH.findall(log)) in (done - 1, done)
     assert call(*flags, "--resume").status == 0
     assert state("out") == state("whole")
     assert snapshot("out/plots") == snapshot("whole/plots")
