@@ -212,7 +212,7 @@ def mean_loss(reconstruct, images: np.ndarray) -> float:
     for start in range(0, len(images), 1000):  # to save memory
         x = to_pixels(images[start : start + 1000])
         losses, _ = LOSS(reconstruct(x), x)
-        loss_sum += float(np.sum(np.mean(losses, axis=1)))
+        loss_sum += float(np.sum(np.mean(losses, axis=1)))  # axis=1: LOSS must be per pixel
     return loss_sum / len(images)
 
 
@@ -312,8 +312,7 @@ def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset
             return load_data("sample")
         raise InputError(f"{problem}: it needs undamaged {files}") from error
     # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
-    arrays = [np.from_dlpack(tensor) for tensor in (training.data, test.data, test.targets)]
-    images, test_images, test_labels = arrays
+    images, test_images, test_labels = map(np.from_dlpack, (training.data, test.data, test.targets))
     size = ENCODER[0].inputs
     if {images[0].size, test_images[0].size} != {size} or min(images.max(), test_images.max()) < 2:
         raise InputError(f"{folder}: {images.shape} up to {images.max()}, not {size} pixels to 255")
@@ -331,7 +330,10 @@ def fit_pca(dataset: Dataset) -> tuple[PCA, float]:
     """PCA of the training images, with codes as large as the network's, and its test loss."""
     components = min(ENCODER[-1].outputs, *dataset.images.shape)  # at most the number of images
     pca = PCA(components, svd_solver="covariance_eigh").fit(to_pixels(dataset.images))
-    return pca, mean_loss(lambda x: pca.inverse_transform(pca.transform(x)), dataset.test_images)
+    loss = mean_loss(lambda x: pca.inverse_transform(pca.transform(x)), dataset.test_images)
+    if not np.isfinite(loss):
+        raise InputError(f"LOSS is {loss} for PCA's outputs: let it clip them to [1e-6, 1 - 1e-6]")
+    return pca, loss
 
 
 @dataclass
@@ -412,7 +414,7 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
     """Train for the remaining epochs; save, log and print each. Raises InputError."""
     mean_image_loss = mean_loss(lambda x: run.model.mean_image, dataset.images)
     # Diverged means above the losses of the mean image and of the start (the same, unless edited).
-    limit = 1.01 * np.fmax(mean_image_loss, mean_loss(run.model.reconstruct, dataset.images))
+    limit = 1.01 * max(mean_image_loss, mean_loss(run.model.reconstruct, dataset.images))
     done = len(run.losses)
     remaining = range(done + 1, settings.epochs + 1)
     for epoch in tqdm(remaining, initial=done, total=settings.epochs, disable=None):  # in terminals
@@ -478,9 +480,7 @@ def plot_latent_space(model: Autoencoder, dataset: Dataset) -> Figure:
     shares = [f"{share:.0%} of the variance" for share in (*pca.explained_variance_ratio_, 0)]
     figure.supxlabel(f"first principal component ({shares[0]})", size="medium")
     left.set(ylabel=f"second principal component ({shares[1]})", aspect="equal")
-    order = np.random.default_rng(0).permutation(len(points))  # so that no digit is always on top
-    colors = COLORS[dataset.test_labels[order] % 10]
-    left.scatter(*points[order].T, s=12, c=colors, linewidths=0)
+    left.scatter(*points.T, s=12, c=COLORS[dataset.test_labels % 10], linewidths=0)
     for label in np.unique(dataset.test_labels):
         left.scatter([], [], s=80, color=COLORS[label % 10], label=label)
     figure.legend(loc="outside upper center", ncols=10, frameon=False)
