@@ -39,7 +39,7 @@ class Settings:
     lr: float = 0.05  # peak learning rate for batches of 256 images (see learning_rate_at)
     decay_fraction: float = 0.65  # final part of the run, during which the rate falls to 0
     momentum: float = 0.985  # The velocity sums about the last 1 / (1 - 0.985) = 67 gradients.
-    # Gradient clipping: longer gradients are scaled down to this norm. Without it, one large step
+    # Gradient clipping: gradients of a larger norm are scaled down to it. Without it, a large step
     # can push all outputs below 0 or above 1, where all gradients are 0, and learning stops.
     max_gradient_norm: float = 2.0
     weight_decay: float = 5.0  # divided by the number of training images: 5 / 60,000 = 8e-5
@@ -50,7 +50,7 @@ class Settings:
 # An activation function returns its value at z and its derivative there.
 def elu(z):
     """z where z > 0, exp(z) - 1 elsewhere (Clevert et al. 2016, arxiv.org/abs/1511.07289)."""
-    # Where z <= 0, derivative - 1 = exp(z) - 1 >= z; where z > 0, it is 0 < z: maximum fits both.
+    # ELU is max(z, derivative - 1): exp(z) - 1 >= z where z <= 0, and 1 - 1 < z where z > 0.
     # (np.where and np.expm1 are much slower, and so are subnormal numbers, which -80 avoids.)
     derivative = np.exp(np.clip(z, -80, 0))
     return np.maximum(z, derivative - 1), derivative
@@ -67,7 +67,7 @@ def clamp(z):
 
 
 # A loss function returns, for each pixel, its value and its derivative with respect to the output,
-# both (n, 784). Training minimises its sum over pixels; log and plots show its mean over pixels.
+# both (n, 784). Training minimises loss = sum(values) / n; log and plots show the mean per pixel.
 def squared_error(outputs, images):
     """(output - image)^2; the derivative is 2 (output - image)."""
     error = outputs - images
@@ -107,14 +107,13 @@ class Autoencoder:
 
     Weights are drawn from a normal distribution with variance 2 / inputs (He et al. 2015,
     arxiv.org/abs/1502.01852); biases start at 0. The last layer's weights start at 0 and its biases
-    at the mean image, which the untrained network then outputs. With random weights, many outputs
-    would start below 0 or above 1, where clamp's derivative is 0 and nothing is learned. In the
-    first step, zero weights pass no gradient back; after it, most are not 0.
+    at the mean image, which is then the output: random weights would put many outputs below 0 or
+    above 1, where clamp's derivative is 0. (So the first gradient of all other layers is 0.)
     """
 
     def __init__(self, mean_image, seed=0, encoder=ENCODER, decoder=DECODER, dtype=np.float32):
         self.layers = (*encoder, *decoder)
-        # The first layer also "follows" the last: the output must be as large as the input.
+        # The last layer is compared with the first, as output and input have the same size.
         for layer, following in zip(self.layers, (*self.layers[1:], encoder[0]), strict=True):
             if layer.outputs != following.inputs:
                 raise ValueError(f"the outputs of {layer} are not the inputs of {following}")
@@ -141,12 +140,12 @@ class Autoencoder:
         return weights, biases
 
     def forward(self, a, first: int = 0, last: int | None = None) -> tuple[list, list]:
-        """Apply the layers [first:last] to a; return all activations, from a on, and all f_k'."""
+        """Apply the layers [first:last] to a; return the activations, from a on, and the f_k'."""
         weights, biases = self.unpack(self.parameters)
         activations = [a]
         derivatives = []
         for layer, w, b in list(zip(self.layers, weights, biases, strict=True))[first:last]:
-            z = activations[-1] @ w + b
+            z = a @ w + b
             a, derivative = layer.activation(z)
             activations.append(a)
             derivatives.append(derivative)
@@ -186,9 +185,7 @@ class Autoencoder:
         Pixels are in [0, 1], or uint8 from 0 to 255. Raises ValueError for other sizes or values.
         """
         x = np.asarray(images)
-        if x.dtype == np.uint8:
-            if x.max() == 1:
-                raise ValueError("images of uint8 must be 0 to 255, not only 0 and 1")
+        if x.dtype == np.uint8 and x.max() > 1:  # else 0 and 1 are black and white
             x = to_pixels(x)
         if x[:1].size != self.image_size or not (x.min() >= 0 and x.max() <= 1):  # not: for NaN
             found = f"{x.shape} from {x.min():g} to {x.max():g}"
@@ -212,12 +209,12 @@ def mean_loss(reconstruct, images: np.ndarray) -> float:
     for start in range(0, len(images), 1000):  # to save memory
         x = to_pixels(images[start : start + 1000])
         losses, _ = LOSS(reconstruct(x), x)
-        loss_sum += float(np.sum(np.mean(losses, axis=1)))  # axis=1: LOSS must be per pixel
+        loss_sum += float(np.sum(np.mean(losses, axis=1)))  # axis=1 fails if LOSS is not per pixel
     return loss_sum / len(images)
 
 
 def learning_rate_at(step: int, total_steps: int, settings: Settings) -> float:
-    """The learning rate at a step (0 ... total_steps - 1): constant at first, then falling to 0.
+    """The learning rate at step 0 ... total_steps - 1: constant at first, then linearly down to 0.
 
     It is proportional to the batch size up to 256 images (Goyal et al. 2017,
     arxiv.org/abs/1706.02677), and to its square root beyond that.
@@ -288,7 +285,7 @@ MNIST_CHECKSUM = "48131c26b7c563dd"  # Only these data are called MNIST in log a
 def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset:
     """Load MNIST, FashionMNIST or KMNIST from data_dir, or the "sample". Raises InputError.
 
-    Missing files are downloaded if data_dir is the default. If MNIST's fail, the sample is used.
+    Missing files are downloaded if data_dir is the default; if MNIST cannot be, the sample is used.
     """
     from torchvision import datasets  # here, because PyTorch takes seconds to import
 
@@ -314,8 +311,9 @@ def load_data(choice: str = "MNIST", data_dir: str | Path = DATA_DIR) -> Dataset
     # Tensor.numpy() would fail if PyTorch was built for another version of NumPy.
     images, test_images, test_labels = map(np.from_dlpack, (training.data, test.data, test.targets))
     size = ENCODER[0].inputs
-    if {images[0].size, test_images[0].size} != {size} or min(images.max(), test_images.max()) < 2:
-        raise InputError(f"{folder}: {images.shape} up to {images.max()}, not {size} pixels to 255")
+    for x in (images, test_images):
+        if x[0].size != size or x.max() < 2:
+            raise InputError(f"{folder}: {x.shape} to {x.max()}, ENCODER: {size} pixels to 255")
     checksum = hashlib.sha256(b"".join((images, test_images, test_labels))).hexdigest()[:16]
     name = "MNIST" if checksum == MNIST_CHECKSUM else f"{root.resolve().name}/{name}"
     rows = [array.reshape(-1, size) for array in (images, test_images)]
@@ -338,7 +336,7 @@ def fit_pca(dataset: Dataset) -> tuple[PCA, float]:
 
 @dataclass
 class Run:
-    """The state of a run, which model.npz stores (but for saved_at) after every epoch."""
+    """The state of a run, which model.npz stores (except saved_at) after every epoch."""
 
     model: Autoencoder
     velocity: np.ndarray  # a vector with the layout of model.parameters
@@ -413,7 +411,7 @@ def save_epoch(run: Run, losses: list[float], line: str, output: Path) -> None:
 def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
     """Train for the remaining epochs; save, log and print each. Raises InputError."""
     mean_image_loss = mean_loss(lambda x: run.model.mean_image, dataset.images)
-    # Diverged means above the losses of the mean image and of the start (the same, unless edited).
+    # Training has diverged if its loss exceeds that of the mean image and that of the network now.
     limit = 1.01 * max(mean_image_loss, mean_loss(run.model.reconstruct, dataset.images))
     done = len(run.losses)
     remaining = range(done + 1, settings.epochs + 1)
@@ -429,8 +427,8 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
         save_epoch(run, [loss, test_loss], line, output)
         with tqdm.external_write_mode():  # above the progress bar
             print(line, flush=True)
-    if run.losses[-1][0] > 0.9 * mean_image_loss:
-        print("warning: the network is not clearly better than the mean image", file=sys.stderr)
+    if run.losses[-1][0] > min(0.9 * mean_image_loss, run.losses[0][0]):
+        print("warning: the loss hardly fell, or it rose: try another --lr", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------ plots
@@ -458,7 +456,7 @@ def plot_losses(losses, pca_loss: float, name: str) -> Figure:
 
 
 def plot_latent_space(model: Autoencoder, dataset: Dataset) -> Figure:
-    """The test images' codes in their principal plane, and images decoded from its points."""
+    """The test images' codes by their first two principal components, and this plane decoded."""
     codes = model.encode(dataset.test_images)
     pca = PCA(min(2, *codes.shape), svd_solver="full").fit(codes)
     directions = np.zeros((2, codes.shape[1]))  # The second stays 0 if a code is one number.
@@ -490,14 +488,14 @@ def plot_latent_space(model: Autoencoder, dataset: Dataset) -> Figure:
 
 def plot_reconstructions(model: Autoencoder, dataset: Dataset, pca: PCA) -> Figure:
     """The first test image of each label, and its reconstructions by the network and by PCA."""
-    _, first_places = np.unique(dataset.test_labels, return_index=True)
-    x = to_pixels(dataset.test_images[first_places[:10]])
+    _, first_indices = np.unique(dataset.test_labels, return_index=True)
+    x = to_pixels(dataset.test_images[first_indices[:10]])
     outputs = model.reconstruct(x)
     pca_outputs = pca.inverse_transform(pca.transform(x))
     rows = {"original": x, "autoencoder": outputs, "output -\noriginal": outputs - x}
     rows |= {"PCA": pca_outputs, "PCA -\noriginal": pca_outputs - x}
     figure = Figure(figsize=(10, 5.9), dpi=150, layout="constrained")
-    figure.suptitle(f"Test images of {dataset.name} and codes of {ENCODER[-1].outputs} numbers")
+    figure.suptitle(f"Test images of {dataset.name} from codes of {ENCODER[-1].outputs} numbers")
     figure.supxlabel(f"below images: their {LOSS_NAME}; differences: -0.5 (blue) to 0.5 (red)")
     for axes, (name, images) in zip(figure.subplots(len(rows)), rows.items(), strict=True):
         strip = np.hstack(images.reshape(-1, *dataset.image_shape))
@@ -521,7 +519,8 @@ def finish(run: Run, dataset: Dataset, pca: PCA, pca_loss: float, output: Path) 
         plot_losses(run.losses, pca_loss, dataset.name).savefig(output / PLOTS[0])
         plot_latent_space(run.model, dataset).savefig(output / PLOTS[1])
         plot_reconstructions(run.model, dataset, pca).savefig(output / PLOTS[2])
-    print(f"test loss: {run.losses[-1][1]:.6f} (PCA: {pca_loss:.6f}); see {output.resolve()}")
+    test_loss = mean_loss(run.model.reconstruct, dataset.test_images)
+    print(f"test loss: {test_loss:.6f} (PCA: {pca_loss:.6f}); see {output.resolve()}")
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -540,8 +539,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         add("--" + field.name.replace("_", "-"), type=field.type, default=field.default, help=text)
     args = parser.parse_args(argv)
     positive = (args.epochs, args.batch_size, args.lr, args.decay_fraction, args.max_gradient_norm)
-    if min(positive) <= 0 or args.weight_decay < 0 or args.seed < 0 or not 0 <= args.momentum < 1:
-        text = "epochs, batch size, lr, decay fraction and gradient norm must be positive"
+    fractions_fit = args.decay_fraction <= 1 and 0 <= args.momentum < 1
+    if min(positive) <= 0 or args.weight_decay < 0 or args.seed < 0 or not fractions_fit:
+        text = "epochs, batch size, lr, gradient norm and decay fraction (up to 1) must be positive"
         parser.error(f"{text}, weight decay and seed not negative, momentum from 0 to below 1")
     return args
 

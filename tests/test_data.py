@@ -69,7 +69,7 @@ def swap(folder):
 
 
 def use_other_sizes(folder):
-    write_idx(folder / NAMES[0], np.full((9, 32, 32), 255))
+    write_idx(folder / NAMES[2], np.full((20, 32, 32), 255))
 
 
 def use_zeros_and_ones(folder):
@@ -81,7 +81,7 @@ def use_zeros_and_ones(folder):
     [
         (cut, "invalid"),
         (swap, "Error"),
-        (use_other_sizes, "784 pixels"),
+        (use_other_sizes, "(20, 32, 32) to 255, ENCODER: 784 pixels"),
         (use_zeros_and_ones, "pixels to 255"),
     ],
 )

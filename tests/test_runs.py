@@ -21,6 +21,7 @@ from conftest import (
     state,
     write_data,
 )
+from matplotlib.figure import Figure
 
 KILLS = int(os.environ.get("KILLS", 1))  # how often a process is killed
 
@@ -75,6 +76,19 @@ def test_logged_losses_of_pca_are_scikit_learns(whole, small):
     assert float(logged) == pytest.approx(loss, abs=2e-6)
 
 
+def test_the_last_test_loss_is_that_of_the_network_in_the_plots(whole, small, monkeypatch, capsys):
+    monkeypatch.setattr(Figure, "savefig", lambda *_: None)
+    dataset = script.load_data("MNIST", small[1])
+    run = script.load_run(whole / "model.npz")
+    run.model.parameters *= 0.9  # A reader may have put back an earlier epoch's, for example.
+    script.finish(run, dataset, *script.fit_pca(dataset), Path())
+    images = dataset.test_images / 255
+    loss = np.mean((run.model.reconstruct(images) - images) ** 2)
+    printed = re.search(r"test loss: (\S+)", capsys.readouterr().out)[1]
+    assert float(printed) == pytest.approx(loss, abs=1e-6)
+    assert abs(loss - run.losses[-1][1]) > 1e-5
+
+
 def test_ten_epochs_on_the_sample_restore_its_test_images_better_than_pca(no_plots):
     assert call("--dataset", "sample", "--epochs", 10).status == 0
     pca_loss = float(re.search(r"PCA .*: (\S+)", read_log())[1])
@@ -113,6 +127,8 @@ def test_a_batch_is_at_most_the_whole_data_set(small, no_plots):
         "--max-gradient-norm -1",
         "--weight-decay -1",
         "--decay-fraction 0",
+        "--decay-fraction 65",
+        "--decay-fraction nan",
         "--dataset cifar",
         "--epoch 5",
         "stray",
@@ -164,7 +180,15 @@ def test_divergence_keeps_the_last_good_epoch(small, whole, monkeypatch):
 def test_a_network_that_is_hardly_better_than_the_mean_image_is_warned_of(small, no_plots):
     result = call(*small, "--lr", 1e-9)
     assert (result.status, result.err.count("\n")) == (0, 1)
-    assert "warning: the network is not clearly better than the mean image" in result.err
+    assert "warning: the loss hardly fell" in result.err
+
+
+def test_a_training_loss_that_rises_is_warned_of(small, no_plots, monkeypatch):
+    falling_and_rising = iter([2e-6, 1e-6, 3e-6])
+    monkeypatch.setattr(script, "train_epoch", lambda *_: next(falling_and_rising))
+    result = call(*small, "--epochs", 3)
+    assert (result.status, result.err.count("\n")) == (0, 1)
+    assert "warning: the loss hardly fell, or it rose" in result.err
 
 
 CTRL_C = KeyboardInterrupt()
