@@ -51,7 +51,7 @@ class Settings:
 def elu(z):
     """z where z > 0, exp(z) - 1 elsewhere (Clevert et al. 2016, arxiv.org/abs/1511.07289)."""
     # ELU is max(z, derivative - 1): exp(z) - 1 >= z where z <= 0, and 1 - 1 < z where z > 0.
-    # (np.where and np.expm1 are much slower, and so are subnormal numbers, which -80 avoids.)
+    # (np.where and np.expm1 are much slower, and so are exp's subnormal results below about -87.)
     derivative = np.exp(np.clip(z, -80, 0))
     return np.maximum(z, derivative - 1), derivative
 
@@ -108,7 +108,7 @@ class Autoencoder:
     Weights are drawn from a normal distribution with variance 2 / inputs (He et al. 2015,
     arxiv.org/abs/1502.01852); biases start at 0. The last layer's weights start at 0 and its biases
     at the mean image, which is then the output: random weights would put many outputs below 0 or
-    above 1, where clamp's derivative is 0. (So the first gradient of all other layers is 0.)
+    above 1, where clamp's derivative is 0. (In the first step, no gradient reaches other layers.)
     """
 
     def __init__(self, mean_image, seed=0, encoder=ENCODER, decoder=DECODER, dtype=np.float32):
@@ -140,7 +140,7 @@ class Autoencoder:
         return weights, biases
 
     def forward(self, a, first: int = 0, last: int | None = None) -> tuple[list, list]:
-        """Apply the layers [first:last] to a; return the activations, from a on, and the f_k'."""
+        """Apply the layers [first:last] to a; return all activations (first a) and the f_k'."""
         weights, biases = self.unpack(self.parameters)
         activations = [a]
         derivatives = []
@@ -185,9 +185,9 @@ class Autoencoder:
         Pixels are in [0, 1], or uint8 from 0 to 255. Raises ValueError for other sizes or values.
         """
         x = np.asarray(images)
-        if x.dtype == np.uint8 and x.max() > 1:  # else 0 and 1 are black and white
+        if x.dtype == np.uint8 and x.max() > 1:  # else: 0 or 1, in [0, 1] already
             x = to_pixels(x)
-        if x[:1].size != self.image_size or not (x.min() >= 0 and x.max() <= 1):  # not: for NaN
+        if x[:1].size != self.image_size or not (x.min() >= 0 and x.max() <= 1):  # true for NaN
             found = f"{x.shape} from {x.min():g} to {x.max():g}"
             raise ValueError(f"images must be n x {self.image_size} pixels in [0, 1], not {found}")
         x = x.reshape(len(x), self.image_size).astype(self.mean_image.dtype)
@@ -209,7 +209,7 @@ def mean_loss(reconstruct, images: np.ndarray) -> float:
     for start in range(0, len(images), 1000):  # to save memory
         x = to_pixels(images[start : start + 1000])
         losses, _ = LOSS(reconstruct(x), x)
-        loss_sum += float(np.sum(np.mean(losses, axis=1)))  # axis=1 fails if LOSS is not per pixel
+        loss_sum += float(np.sum(np.mean(losses.reshape(x.shape), axis=1)))  # LOSS is per pixel
     return loss_sum / len(images)
 
 
@@ -235,7 +235,7 @@ def sgd_step(parameters, velocity, gradient, learning_rate, decay, settings: Set
 
     Nesterov momentum takes the gradient at a look-ahead point, where the velocity alone would take
     the parameters (Sutskever et al. 2013, proceedings.mlr.press/v28/sutskever13.html). Only that
-    point is stored, as `parameters`: an update takes a gradient step, and then looks ahead anew.
+    point is stored, as `parameters`: an update takes a gradient step (g) and looks ahead anew (v).
     Without clipping, this is torch.optim.SGD with nesterov=True.
     """
     norm = float(np.linalg.norm(gradient))
@@ -326,11 +326,11 @@ PLOTS = ("plots/loss_curve.png", "plots/latent_space.png", "plots/reconstruction
 
 def fit_pca(dataset: Dataset) -> tuple[PCA, float]:
     """PCA of the training images, with codes as large as the network's, and its test loss."""
-    components = min(ENCODER[-1].outputs, *dataset.images.shape)  # at most the number of images
+    components = min(ENCODER[-1].outputs, *dataset.images.shape)  # at most as many as images
     pca = PCA(components, svd_solver="covariance_eigh").fit(to_pixels(dataset.images))
     loss = mean_loss(lambda x: pca.inverse_transform(pca.transform(x)), dataset.test_images)
     if not np.isfinite(loss):
-        raise InputError(f"LOSS is {loss} for PCA's outputs: let it clip them to [1e-6, 1 - 1e-6]")
+        raise InputError(f"LOSS is {loss} for PCA: clip the outputs in LOSS to [1e-6, 1 - 1e-6]")
     return pca, loss
 
 
@@ -360,7 +360,7 @@ def load_run(path: str | Path, header: str = NETWORK) -> Run:
             log = str(file["log"])
             for line in header.splitlines():
                 if line not in log.splitlines():
-                    raise ValueError(f"its log does not say {line!r}")
+                    raise ValueError(f"its log does not say {line!r}; use what it says")
             model = Autoencoder(file["mean_image"])
             model.parameters[:] = file["parameters"].reshape(model.parameters.shape)
             velocity = file["velocity"].reshape(model.parameters.shape)
@@ -380,7 +380,7 @@ def start_run(resume: bool, dataset, settings, pca: PCA, pca_loss: float, output
         model = Autoencoder(dataset.images.mean(axis=0) / 255, settings.seed)
         log = f"{header}\n# Test Loss of PCA with {pca.n_components_} components: {pca_loss:.6f}\n"
         run = Run(model, np.zeros_like(model.parameters), [], log, time.time_ns())
-        if (output / "model.npz").exists() or (output / "training_log.txt").exists():
+        if any((output / name).exists() for name in ("model.npz", "training_log.txt", *PLOTS)):
             print(f"note: the first epoch replaces the run in {output.resolve()}", file=sys.stderr)
     (output / "plots").mkdir(parents=True, exist_ok=True)
     if len(run.losses) < settings.epochs:
@@ -411,11 +411,10 @@ def save_epoch(run: Run, losses: list[float], line: str, output: Path) -> None:
 def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
     """Train for the remaining epochs; save, log and print each. Raises InputError."""
     mean_image_loss = mean_loss(lambda x: run.model.mean_image, dataset.images)
-    # Training has diverged if its loss exceeds that of the mean image and that of the network now.
+    # Diverged: the loss exceeds both the mean image's and that of the network before this training.
     limit = 1.01 * max(mean_image_loss, mean_loss(run.model.reconstruct, dataset.images))
-    done = len(run.losses)
-    remaining = range(done + 1, settings.epochs + 1)
-    for epoch in tqdm(remaining, initial=done, total=settings.epochs, disable=None):  # in terminals
+    remaining = range(len(run.losses) + 1, settings.epochs + 1)
+    for epoch in tqdm(remaining, initial=len(run.losses), total=settings.epochs, disable=None):
         start = time.perf_counter()
         loss = train_epoch(run.model, run.velocity, dataset.images, epoch, settings)
         test_loss = mean_loss(run.model.reconstruct, dataset.test_images)
@@ -425,10 +424,10 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
             raise InputError(f"training diverged in epoch {epoch} (loss {loss:g}) with {rates}")
         line = f"Epoch {epoch}, Loss: {loss:.6f}, Test Loss: {test_loss:.6f}, Time: {seconds:.1f}s"
         save_epoch(run, [loss, test_loss], line, output)
-        with tqdm.external_write_mode():  # above the progress bar
+        with tqdm.external_write_mode():  # above the bar, which only terminals show (disable=None)
             print(line, flush=True)
-    if run.losses[-1][0] > min(0.9 * mean_image_loss, run.losses[0][0]):
-        print("warning: the loss hardly fell, or it rose: try another --lr", file=sys.stderr)
+    if min(run.losses[-1]) > min(0.9 * mean_image_loss, run.losses[0][0]):
+        print("warning: the loss hardly fell, or it rose: another --lr may help", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------ plots
@@ -495,7 +494,8 @@ def plot_reconstructions(model: Autoencoder, dataset: Dataset, pca: PCA) -> Figu
     rows = {"original": x, "autoencoder": outputs, "output -\noriginal": outputs - x}
     rows |= {"PCA": pca_outputs, "PCA -\noriginal": pca_outputs - x}
     figure = Figure(figsize=(10, 5.9), dpi=150, layout="constrained")
-    figure.suptitle(f"Test images of {dataset.name} from codes of {ENCODER[-1].outputs} numbers")
+    sizes = f"{ENCODER[-1].outputs} numbers (PCA: {pca.n_components_})"
+    figure.suptitle(f"Test images of {dataset.name} from codes of {sizes}")
     figure.supxlabel(f"below images: their {LOSS_NAME}; differences: -0.5 (blue) to 0.5 (red)")
     for axes, (name, images) in zip(figure.subplots(len(rows)), rows.items(), strict=True):
         strip = np.hstack(images.reshape(-1, *dataset.image_shape))

@@ -183,6 +183,13 @@ def test_a_network_that_is_hardly_better_than_the_mean_image_is_warned_of(small,
     assert "warning: the loss hardly fell" in result.err
 
 
+def test_a_first_epoch_that_has_learnt_is_not_warned_of(no_plots):
+    flags = ("--dataset", "sample", "--epochs", 1, "--batch-size", 100_000)
+    assert call(*flags).err == ""
+    training_loss, test_loss = losses()[0]
+    assert test_loss < 0.7 * training_loss
+
+
 def test_a_training_loss_that_rises_is_warned_of(small, no_plots, monkeypatch):
     falling_and_rising = iter([2e-6, 1e-6, 3e-6])
     monkeypatch.setattr(script, "train_epoch", lambda *_: next(falling_and_rising))
@@ -244,6 +251,13 @@ def test_a_new_run_leaves_an_earlier_one_alone_until_its_first_epoch_is_saved(
     assert len(losses()) == 1
     assert len(EPOCH.findall(read_log())) == 1
     assert snapshot().keys() == {"model.npz", "training_log.txt", "plots/mine.png"}
+
+
+@pytest.mark.parametrize("name", ["model.npz", "training_log.txt", "plots/loss_curve.png"])
+def test_files_that_will_be_replaced_are_announced(small, no_plots, name):
+    Path("plots").mkdir()
+    Path(name).write_text("mine")
+    assert call(*small).err.startswith("note: the first epoch replaces the run in")
 
 
 def test_a_second_run_in_the_same_directory_ends_in_an_error(small, whole, monkeypatch, no_plots):
