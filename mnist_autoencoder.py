@@ -107,7 +107,7 @@ class Autoencoder:
 
     Weights are drawn from a normal distribution with variance 2 / inputs (He et al. 2015,
     arxiv.org/abs/1502.01852); biases start at 0. The last layer's weights start at 0 and its biases
-    at the mean image, which is then the output: random weights would put many outputs below 0 or
+    at the mean image, which clamp then outputs: random weights would put many outputs below 0 or
     above 1, where clamp's derivative is 0. (In the first step, no gradient reaches other layers.)
     """
 
@@ -360,7 +360,7 @@ def load_run(path: str | Path, header: str = NETWORK) -> Run:
             log = str(file["log"])
             for line in header.splitlines():
                 if line not in log.splitlines():
-                    raise ValueError(f"its log does not say {line!r}; use what it says")
+                    raise ValueError(f"{line!r} must be as in its log")
             model = Autoencoder(file["mean_image"])
             model.parameters[:] = file["parameters"].reshape(model.parameters.shape)
             velocity = file["velocity"].reshape(model.parameters.shape)
@@ -432,7 +432,7 @@ def train(run: Run, dataset: Dataset, settings: Settings, output: Path) -> None:
 
 # ------------------------------------------------------------------------------------------ plots
 COLORS = np.array(color_sequences["petroff10"])  # distinguishable for colour-blind readers
-LOSS_NAME = f"mean {LOSS.__name__.replace('_', ' ')}"  # per pixel
+LOSS_NAME = f"mean {LOSS.__name__.removeprefix('mean_').replace('_', ' ')}"  # per pixel
 
 
 def plot_losses(losses, pca_loss: float, name: str) -> Figure:

@@ -149,7 +149,7 @@ def test_everything_follows_from_the_tables(monkeypatch, size, edits):
     assert f"PCA with {size} components" in read_log()
     assert f"codes of {size} numbers (PCA: {size})" in figures[2].get_suptitle()
     # Neither script continues the other's run.
-    assert_error(call(*flags, "--resume"), "its log does not say")
+    assert_error(call(*flags, "--resume"), "must be as in its log")
 
 
 def test_another_loss_is_one_edit():
@@ -162,6 +162,8 @@ def test_another_loss_is_one_edit():
     assert module.NETWORK.endswith("\n# loss: absolute_error")
     (axes,) = module.plot_losses([[1, 2]], 3, "the data").axes
     assert axes.get_ylabel() == "mean absolute error"
+    renamed = [(old, new.replace("absolute", "mean_absolute")) for old, new in edits]
+    assert recipe.edited_script(renamed).LOSS_NAME == "mean absolute error"
 
 
 def test_a_loss_that_is_not_per_pixel_is_an_error():
