@@ -188,7 +188,7 @@ def test_cross_entropy_is_compared_with_pcas_only_if_it_is_clipped(monkeypatch):
         ("= squared_error", "= cross_entropy"),
     ]
     module = recipe.edited_script(edits)
-    flags = ("--dataset", "sample", "--epochs", 3)
+    flags = ("--dataset", "sample", "--epochs", 2)
     told = "LOSS is nan for PCA: clip the outputs in LOSS to [1e-6, 1 - 1e-6]"
     assert_error(call(*flags, main=module.main), told)
     assert not Path("model.npz").exists()
