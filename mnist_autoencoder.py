@@ -325,7 +325,7 @@ PLOTS = ("plots/loss_curve.png", "plots/latent_space.png", "plots/reconstruction
 
 
 def fit_pca(dataset: Dataset) -> tuple[PCA, float]:
-    """PCA of the training images, with codes as large as the network's, and its test loss."""
+    """PCA with codes of the network's size, and its test loss. Raises InputError if that is nan."""
     components = min(ENCODER[-1].outputs, *dataset.images.shape)  # at most as many as images
     pca = PCA(components, svd_solver="covariance_eigh").fit(to_pixels(dataset.images))
     loss = mean_loss(lambda x: pca.inverse_transform(pca.transform(x)), dataset.test_images)
